@@ -1,0 +1,1 @@
+"""Bundled model and config files, read through importlib.resources."""

@@ -1,0 +1,1 @@
+"""Operators of the decode chain, imported as `minidsv.kernels` (never as `kernels`): see the package's files."""

@@ -1,0 +1,95 @@
+"""FP8 (e4m3fn) quantisation: activations in groups, weights in 128x128 blocks, and the Hadamard rotation.
+
+    s = max(amax(|x|), 1e-4) / 448          one scale a group; ue8m0: rounded up to a power of two
+    q = e4m3(clamp(x / s, -448, 448))       x is about q * s
+
+Formats: DeepSeek-V3.2's `quantization_config` (fmt e4m3, dynamic, weight_block_size [128, 128]); `weight_scale_inv`
+is a multiplier despite its name. Called by the cache writers, the indexer, the FP8 linear and the loader.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+E4M3_MAX = 448.0
+AMAX_FLOOR = 1e-4
+BLOCK = 128
+
+
+def round_scale_ue8m0(scale: Tensor) -> Tensor:
+    """Smallest power of two >= `scale` (positive, normal fp32), by exponent bits: exact where log2 is not."""
+    bits = scale.view(torch.int32)
+    exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0).to(torch.int32)
+    return (exponent << 23).view(torch.float32)
+
+
+def _scales(amax: Tensor, ue8m0: bool) -> Tensor:
+    scale = amax.clamp_min(AMAX_FLOOR) * (1.0 / E4M3_MAX)
+    return round_scale_ue8m0(scale) if ue8m0 else scale
+
+
+def _to_e4m3(x: Tensor) -> Tensor:
+    return x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+
+
+def per_token_group_quant_fp8(
+    x: Tensor, group_size: int = BLOCK, ue8m0: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Quantise the last axis in groups: x [..., D] -> e4m3 [..., D], fp32 scales [..., D / group_size]."""
+    assert x.shape[-1] % group_size == 0, (
+        f"last axis {x.shape[-1]} is not a multiple of {group_size}"
+    )
+    groups = x.float().unflatten(-1, (-1, group_size))  # [..., G, group_size]
+    scale = _scales(groups.abs().amax(-1), ue8m0)
+    return _to_e4m3(groups / scale.unsqueeze(-1)).flatten(-2), scale
+
+
+def dequantize_groups(q: Tensor, scale: Tensor) -> Tensor:
+    """Inverse of `per_token_group_quant_fp8`: e4m3 [..., D], fp32 [..., G] -> fp32 [..., D]."""
+    return (q.float().unflatten(-1, (scale.shape[-1], -1)) * scale.unsqueeze(-1)).flatten(-2)
+
+
+def block_scale_shape(rows: int, cols: int) -> tuple[int, int]:
+    """Shape of `weight_scale_inv` for a [rows, cols] weight; edge blocks are cut, not padded."""
+    return -(-rows // BLOCK), -(-cols // BLOCK)
+
+
+def quantize_fp8_blocks(weight: Tensor, ue8m0: bool = True) -> tuple[Tensor, Tensor]:
+    """Quantise w [out, in] in 128x128 blocks -> e4m3 [out, in], fp32 scales [ceil(out/128), ceil(in/128)]."""
+    rows, cols = weight.shape
+    grid_rows, grid_cols = block_scale_shape(rows, cols)
+    padded = torch.zeros(grid_rows * BLOCK, grid_cols * BLOCK, device=weight.device)
+    padded[:rows, :cols] = weight.float()
+    blocks = padded.view(grid_rows, BLOCK, grid_cols, BLOCK)
+    scale = _scales(blocks.abs().amax((1, 3)), ue8m0)
+    quantized = _to_e4m3(blocks / scale[:, None, :, None]).view_as(padded)
+    return quantized[:rows, :cols].contiguous(), scale
+
+
+def dequantize_fp8_blocks(weight: Tensor, scale: Tensor) -> Tensor:
+    """w8 [out, in] e4m3, scale [ceil(out/128), ceil(in/128)] -> fp32 [out, in]."""
+    rows, cols = weight.shape
+    assert tuple(scale.shape) == block_scale_shape(rows, cols), (
+        f"{scale.shape=} for {weight.shape=}"
+    )
+    wide = scale.repeat_interleave(BLOCK, 1)[:, :cols]  # [ceil(out/128), in]
+    full = weight.float()
+    for block in range(scale.shape[0]):
+        full[block * BLOCK : (block + 1) * BLOCK] *= wide[block]
+    return full
+
+
+@functools.cache
+def hadamard_matrix(size: int) -> Tensor:
+    """Sylvester's Hadamard matrix over sqrt(size): symmetric and orthogonal, fp32 [size, size]."""
+    assert size & (size - 1) == 0, f"{size} is not a power of two"
+    matrix = torch.ones(1, 1)
+    while matrix.shape[0] < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix * size**-0.5
+
+
+def hadamard(x: Tensor) -> Tensor:
+    """Rotate the last axis by the Hadamard matrix (fp32); spreads outliers before FP8, keeps dot products."""
+    return x.float() @ hadamard_matrix(x.shape[-1]).to(x.device)

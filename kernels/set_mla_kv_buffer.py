@@ -1,0 +1,74 @@
+"""Paged writes and reads of the latent (MLA) cache; this file alone knows the bytes of its rows.
+
+One row a token: the normalised latent (`k_nope`, C = kv_lora_rank values) and the rotated, shared `k_pe` (`k_rope`,
+r values). A buffer is [num_slots, row], slot = page * 64 + offset. Rows, for DeepSeek's C = 512 and r = 64:
+
+    float32, bfloat16   576 values
+    fp8_flat (e4m3)     576 values over one scalar scale (the seed's `set_mla_kv_buffer_fp8_quant`, SGLang PR 23965)
+    fp8 (uint8)         656 bytes as FlashMLA's sparse decode reads them: 512 e4m3, then 4 fp32 scales (amax / 448 of
+                        each 128 channels), then 64 bf16 of k_pe, not quantised
+
+For another C, a multiple of 128, the fp8 row is C e4m3, 4 bytes of scale per 128 channels and 2 bytes per rope channel.
+Called by MLA (writes) and `sparse_mla` (reads).
+"""
+
+import torch
+from torch import Tensor
+
+from minidsv.kernels.quant import BLOCK, E4M3_MAX, dequantize_groups, per_token_group_quant_fp8
+
+
+def fp8_row_bytes(kv_lora_rank: int, rope_dim: int) -> int:
+    """Bytes of one fp8 row: 656 for C = 512, r = 64."""
+    assert kv_lora_rank % BLOCK == 0, f"kv_lora_rank {kv_lora_rank} is not a multiple of {BLOCK}"
+    return kv_lora_rank + kv_lora_rank // BLOCK * 4 + rope_dim * 2
+
+
+def set_mla_kv_buffer(kv_buffer: Tensor, loc: Tensor, k_nope: Tensor, k_rope: Tensor) -> None:
+    """Write rows kv_buffer[loc] = [k_nope | k_rope].
+
+    kv_buffer [num_slots, C + r] fp32 or bf16; loc [T] int32 or int64, distinct; k_nope [T, C], k_rope [T, r], any strides.
+    """
+    assert kv_buffer.shape[-1] == k_nope.shape[-1] + k_rope.shape[-1], (
+        f"{kv_buffer.shape=} {k_nope.shape=} {k_rope.shape=}"
+    )
+    kv_buffer[loc.long()] = torch.cat((k_nope, k_rope), -1).to(kv_buffer.dtype)
+
+
+def set_mla_kv_buffer_fp8_quant(
+    kv_buffer: Tensor, loc: Tensor, k_nope: Tensor, k_rope: Tensor, scale: float = 1.0
+) -> None:
+    """The same with the cast to FP8: an e4m3 buffer takes the flat row (over `scale`), a uint8 buffer the fp8 row."""
+    if kv_buffer.dtype == torch.float8_e4m3fn:
+        row = torch.cat((k_nope, k_rope), -1).float() / scale
+        bytes_ = row.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
+    else:
+        assert kv_buffer.dtype == torch.uint8, f"{kv_buffer.dtype=}"
+        latent, scales = per_token_group_quant_fp8(k_nope)
+        rope = k_rope.to(torch.bfloat16).contiguous()
+        bytes_ = torch.cat([part.view(torch.uint8) for part in (latent, scales, rope)], -1)
+    assert bytes_.shape[-1] == kv_buffer.shape[-1], f"{bytes_.shape=} {kv_buffer.shape=}"
+    kv_buffer.view(torch.uint8)[loc.long()] = bytes_
+
+
+def read_mla_kv_buffer(
+    kv_buffer: Tensor, slots: Tensor, kv_lora_rank: int, scale: float = 1.0
+) -> Tensor:
+    """kv_buffer[slots] dequantised: slots [...] int64 -> fp32 [..., C + r]."""
+    rows = kv_buffer.view(torch.uint8)[slots] if kv_buffer.element_size() == 1 else kv_buffer[slots]
+    if kv_buffer.dtype == torch.float8_e4m3fn:
+        return rows.view(torch.float8_e4m3fn).float() * scale
+    if kv_buffer.dtype != torch.uint8:
+        return rows.float()
+    scale_bytes = kv_lora_rank // BLOCK * 4
+    rope_bytes = rows.shape[-1] - kv_lora_rank - scale_bytes
+    latent, scales, rope = rows.split((kv_lora_rank, scale_bytes, rope_bytes), -1)
+    return torch.cat(
+        (
+            dequantize_groups(
+                latent.view(torch.float8_e4m3fn), scales.contiguous().view(torch.float32)
+            ),
+            rope.contiguous().view(torch.bfloat16).float(),
+        ),
+        -1,
+    )

@@ -1,0 +1,136 @@
+"""LLM: offline generation, the Python entry point."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torch import Tensor
+
+from minidsv.engine import Engine, StepOutput
+from minidsv.engine_config import EngineConfig
+from minidsv.errors import ConfigError, RequestError
+from minidsv.request import LogprobDict, Request, SamplingParams
+
+Prompts = str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class CompletionOutput:
+    """One generated continuation. `token_ids` includes an EOS or stop token, `text` does not."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[LogprobDict] | None
+    finish_reason: str | None  # "stop", "length" or "abort"
+    stop_reason: str | int | None  # the stop string or stop token that ended it
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """A prompt with its outputs. `prompt_logprobs[0]` is None: nothing predicts the first token."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    prompt_logprobs: list[LogprobDict | None] | None
+    outputs: list[CompletionOutput]
+
+    @classmethod
+    def of(cls, request: Request) -> "RequestOutput":
+        output = CompletionOutput(
+            index=0,
+            text=request.text,
+            token_ids=request.output_token_ids,
+            logprobs=None if request.params.logprobs is None else request.logprobs,
+            finish_reason=request.finish_reason,
+            stop_reason=request.stop_reason,
+        )
+        prompt_logprobs = (
+            None if request.params.prompt_logprobs is None else request.prompt_logprobs
+        )
+        return cls(
+            request.request_id, request.prompt, request.prompt_token_ids, prompt_logprobs, [output]
+        )
+
+
+class LLM:
+    """A model ready to generate. Options are those of `EngineConfig`; an unknown one is a ConfigError.
+
+    >>> LLM().generate("Question: What is the chemical symbol of iron?\\nAnswer:")[0].outputs[0].text
+    """
+
+    def __init__(self, model: str | None = None, **options: Any):
+        known = {option.name for option in fields(EngineConfig)}
+        for name in options.keys() - known:
+            raise ConfigError(f"{name}: no such option; accepted: {sorted(known)}")
+        self._engine: Engine | None = Engine(EngineConfig(model=model, **options))
+
+    @property
+    def engine(self) -> Engine:
+        if self._engine is None:
+            raise RuntimeError("this LLM is closed")
+        return self._engine
+
+    def generate(
+        self,
+        prompts: Prompts,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        on_output: Callable[[StepOutput], None] | None = None,
+    ) -> list[RequestOutput]:
+        """Generate for one prompt or many; outputs come in the prompts' order.
+
+        prompts: a string, a list of strings, a list of token ids, or a list of such lists (strings get the tokenizer's
+        BOS, token ids are taken as they are). sampling_params: one for all, or one a prompt. on_output sees every step's
+        output as it comes. Raises RequestError before anything runs if any prompt cannot be served.
+        """
+        engine = self.engine
+        requests = self._requests(prompts, sampling_params)
+        try:
+            for request in requests:
+                engine.add(request)
+            while engine.has_work:
+                for output in engine.step():
+                    if on_output is not None:
+                        on_output(output)
+        finally:
+            for request in requests:
+                engine.abort(request)
+        return [RequestOutput.of(request) for request in requests]
+
+    def prompt_logits(self, token_ids: Sequence[int]) -> Tensor:
+        """fp32 logits [len(token_ids), vocab] of one forward over the prompt."""
+        return self.engine.prompt_logits(list(token_ids))
+
+    def close(self) -> None:
+        """Release the weights and the caches."""
+        self._engine = None
+
+    def _requests(
+        self, prompts: Prompts, params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[Request]:
+        items = _as_list(prompts)
+        if params is None or isinstance(params, SamplingParams):
+            params = [params or SamplingParams()] * len(items)
+        if len(params) != len(items):
+            raise RequestError("sampling_params", f"{len(params)} given for {len(items)} prompts")
+        engine = self.engine
+        requests = []
+        for prompt, one in zip(items, params, strict=True):
+            text = prompt if isinstance(prompt, str) else None
+            ids = engine.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+            requests.append(engine.make_request(ids, one, text))
+        return requests
+
+
+def _as_list(prompts: Prompts) -> list[str | Sequence[int]]:
+    if isinstance(prompts, str):
+        return [prompts]
+    if not isinstance(prompts, Sequence) or isinstance(prompts, bytes):
+        raise RequestError("prompts", f"{type(prompts).__name__} is not a string or a list")
+    if prompts and all(isinstance(item, int) for item in prompts):
+        return [prompts]  # type: ignore[list-item]
+    for item in prompts:
+        if not isinstance(item, str | Sequence) or isinstance(item, bytes):
+            raise RequestError("prompts", f"{item!r} is not a string or a list of token ids")
+    return list(prompts)  # type: ignore[arg-type]

@@ -1,0 +1,67 @@
+"""The whole forward pass of DeepSeek-V3.2 and GLM-5 on one screen."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minidsv.batch import StepBatch
+from minidsv.checkpoint import Weight
+from minidsv.config import ModelConfig
+from minidsv.kernels.gemm import gate_gemm
+from minidsv.kernels.norm import add_rms_norm
+from minidsv.kernels.topk import all_slots
+from minidsv.kv_cache import KVCache
+from minidsv.layers import MLP, LayerWeights
+from minidsv.mla import MLA
+from minidsv.moe import MoE
+from minidsv.rope import RopeTable
+
+
+class DecoderLayer:
+    def __init__(self, config: ModelConfig, weights: LayerWeights, layer: int, cache: KVCache):
+        self.input_gain = weights["input_layernorm"].data
+        self.post_attention_gain = weights["post_attention_layernorm"].data
+        self.attention = MLA(config, weights, layer, cache)
+        self.mlp: MoE | MLP = MoE(config, weights) if config.is_moe(layer) else weights.mlp("mlp")
+
+
+class DeepseekV32:
+    """A model over its caches: `forward` runs one step of any mix of prefill chunks and decode tokens."""
+
+    def __init__(
+        self, config: ModelConfig, weights: dict[str, Weight], cache: KVCache, max_model_len: int
+    ):
+        self.config = config
+        self.embed_tokens = weights["embed_tokens"].data
+        self.layers = [
+            DecoderLayer(config, LayerWeights(weights, layer), layer, cache)
+            for layer in range(config.num_hidden_layers)
+        ]
+        self.norm = weights["norm"].data
+        self.lm_head = weights["lm_head"].data
+        self.rope = RopeTable(
+            config.rope, config.qk_rope_head_dim, max_model_len, self.embed_tokens.device
+        )
+
+    @torch.inference_mode()
+    def forward(self, step: StepBatch) -> tuple[Tensor, Tensor]:
+        """Compute the step's tokens, filling their cache slots.
+
+        Returns (hidden after model.norm [L, hidden], logits fp32 [L, vocab]) of the L tokens of `step.logits_index`.
+        """
+        eps = self.config.rms_norm_eps
+        rope = self.rope.at(step.positions)
+        dense = None  # every visible slot, when there is nothing to choose
+        if step.max_seq_len <= self.config.index_topk:
+            dense = all_slots(step.seq_lens, step.block_table, step.request_index)
+        topk_indices = None  # the slots that the last full layer selected
+        residual = F.embedding(step.input_ids, self.embed_tokens)
+        out = torch.zeros_like(residual)
+        for layer in self.layers:
+            x, residual = add_rms_norm(out, residual, layer.input_gain, eps)
+            out, topk_indices = layer.attention(x, step, rope, topk_indices, dense)
+            x, residual = add_rms_norm(out, residual, layer.post_attention_gain, eps)
+            out = layer.mlp(x)
+        rows = step.logits_index
+        hidden, _ = add_rms_norm(out[rows], residual[rows], self.norm, eps)
+        return hidden, gate_gemm(hidden, self.lm_head)

@@ -1,0 +1,38 @@
+"""The mixture of experts: y = sum over the routed experts + the shared expert, summed in fp32 and rounded once."""
+
+from torch import Tensor
+
+from minidsv.config import ModelConfig
+from minidsv.kernels.gemm import gate_gemm
+from minidsv.kernels.moe import routed_experts
+from minidsv.kernels.router import grouped_topk
+from minidsv.layers import LayerWeights
+
+
+class MoE:
+    """One layer's router, routed experts and shared expert."""
+
+    def __init__(self, config: ModelConfig, weights: LayerWeights):
+        self.config = config
+        self.gate = weights["mlp.gate"].data
+        self.gate_bias = weights["mlp.gate_bias"].data
+        self.gate_up = weights["mlp.experts.gate_up_proj"]
+        self.down = weights["mlp.experts.down_proj"]
+        self.shared = weights.mlp("mlp.shared_experts")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [T, hidden] -> [T, hidden]."""
+        c = self.config
+        weights, ids = grouped_topk(
+            gate_gemm(x, self.gate),
+            self.gate_bias,
+            top_k=c.num_experts_per_tok,
+            n_group=c.n_group,
+            topk_group=c.topk_group,
+            norm_topk_prob=c.norm_topk_prob,
+            routed_scaling_factor=c.routed_scaling_factor,
+        )
+        routed = routed_experts(
+            x, weights, ids, self.gate_up.data, self.gate_up.scale, self.down.data, self.down.scale
+        )
+        return (routed + self.shared(x).float()).to(x.dtype)

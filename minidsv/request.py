@@ -1,0 +1,142 @@
+"""SamplingParams and Request: what a caller asks for, and how far the engine has come with it. No torch in here."""
+
+import enum
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from minidsv.errors import RequestError
+
+MAX_STOP_STRINGS = 16
+SEED_BITS = 63
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to choose tokens, and when to stop. Names and meanings follow vLLM's; raises RequestError on bad values.
+
+    max_tokens      most tokens to generate; None: as many as the context holds
+    temperature     0 is greedy
+    top_p, top_k    keep the smallest set of tokens whose probability reaches top_p / the top_k best (0: all)
+    seed            draws depend on (seed, output position) alone; None: taken from the engine's seed and a counter
+    stop            strings that end the text, before them (one string or a list); they may cross tokens
+    stop_token_ids  tokens that end the text, beside the model's EOS
+    ignore_eos      go on past EOS
+    min_tokens      before so many tokens neither EOS, stop tokens nor stop strings end the text
+    logprobs        report this many best tokens at each output position, plus the sampled one (None: nothing)
+    prompt_logprobs the same for each prompt position but the first
+    """
+
+    max_tokens: int | None = 16
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_int("max_tokens", self.max_tokens, 1, optional=True)
+        _check_int("top_k", self.top_k, 0)
+        _check_int("seed", self.seed, 0, 2**SEED_BITS - 1, optional=True)
+        _check_int("min_tokens", self.min_tokens, 0)
+        _check_int("logprobs", self.logprobs, 0, optional=True)
+        _check_int("prompt_logprobs", self.prompt_logprobs, 0, optional=True)
+        _check_number("temperature", self.temperature, 0.0, math.inf)
+        _check_number("top_p", self.top_p, 0.0, 1.0)
+        if self.top_p == 0:
+            raise RequestError("top_p", "0 keeps no token; accepted: above 0, up to 1")
+        if not isinstance(self.ignore_eos, bool):
+            raise RequestError("ignore_eos", f"{self.ignore_eos!r} is not true or false")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise RequestError(
+                "min_tokens", f"{self.min_tokens} is more than max_tokens {self.max_tokens}"
+            )
+        if len(self.stop_strings) > MAX_STOP_STRINGS:
+            raise RequestError(
+                "stop", f"{len(self.stop_strings)} strings; accepted: at most {MAX_STOP_STRINGS}"
+            )
+        for text in self.stop_strings:
+            if not isinstance(text, str) or not text:
+                raise RequestError("stop", f"{text!r} is not a non-empty string")
+        for token in self.stop_token_ids or ():
+            _check_int("stop_token_ids", token, 0)
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+
+def _check_int(
+    name: str, value: Any, least: int, most: float = math.inf, optional: bool = False
+) -> None:
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        bound = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+        raise RequestError(name, f"{value!r} is not an integer of {bound}")
+
+
+def _check_number(name: str, value: Any, least: float, most: float) -> None:
+    finite = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not finite or not least <= value <= most:
+        bound = f"at least {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
+        raise RequestError(name, f"{value!r} is not a number of {bound}")
+
+
+class Status(enum.Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """Natural-log probability of a token under the model's raw logits; rank 1 is the most probable."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+LogprobDict = dict[int, Logprob]
+
+
+@dataclass(eq=False)
+class Request:
+    """One prompt on its way through the engine."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    seed: int  # params.seed, or the engine's choice
+    max_tokens: int  # params.max_tokens, bounded by the context
+    prompt: str | None = None
+    status: Status = Status.WAITING  # set by the scheduler, as the next three
+    num_computed_tokens: int = 0  # tokens whose keys are in the cache
+    num_preemptions: int = 0
+    page_ids: list[int] = field(default_factory=list)  # set by the block manager
+    output_token_ids: list[int] = field(default_factory=list)  # set by the engine, as the rest
+    text: str = ""
+    logprobs: list[LogprobDict] = field(default_factory=list)
+    prompt_logprobs: list[LogprobDict | None] = field(default_factory=lambda: [None])
+    finish_reason: str | None = None  # "stop", "length" or "abort"
+    stop_reason: str | int | None = None  # the stop string or stop token that matched
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    def token_ids(self, start: int, end: int) -> list[int]:
+        """Tokens [start, end) of prompt + output."""
+        prompt = len(self.prompt_token_ids)
+        return (
+            self.prompt_token_ids[start:end]
+            + self.output_token_ids[max(0, start - prompt) : max(0, end - prompt)]
+        )

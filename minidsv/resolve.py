@@ -1,0 +1,91 @@
+"""`resolve`: settle every "auto" of an EngineConfig once, and refuse by name what this device cannot do."""
+
+import os
+from dataclasses import replace
+
+import torch
+
+from minidsv.config import ModelConfig
+from minidsv.engine_config import EngineConfig
+from minidsv.errors import ConfigError
+from minidsv.kernels.quant import BLOCK
+
+
+def resolve(config: EngineConfig, model: ModelConfig) -> EngineConfig:
+    """Settle every "auto" and refuse, by name, what this device cannot do; num_pages is left to the runner."""
+    device = _device(config.device)
+    on_cpu = device == "cpu"
+    _refuse_unbuilt(config)
+    fp8_keys = not on_cpu and torch.cuda.get_device_capability(device) >= (8, 9)
+    auto_kv, auto_index = (
+        ("float32",) * 2 if on_cpu else ("bfloat16", "fp8" if fp8_keys else "bfloat16")
+    )
+    resolved = replace(
+        config,
+        device=device,
+        dtype=_auto(config.dtype, "float32" if on_cpu else "bfloat16"),
+        kv_cache_dtype=_auto(config.kv_cache_dtype, auto_kv),
+        index_cache_dtype=_auto(config.index_cache_dtype, auto_index),
+        pdl="off",
+        cuda_graph="off",
+        backend="torch",
+        max_model_len=config.max_model_len or model.max_position_embeddings,
+    )
+    _check_cache_dtypes(resolved, model)
+    if resolved.max_model_len > model.max_position_embeddings:
+        raise ConfigError(
+            f"max_model_len: {resolved.max_model_len} is more than the model's max_position_embeddings "
+            f"{model.max_position_embeddings}"
+        )
+    return resolved
+
+
+def _auto(value: str, default: str) -> str:
+    return default if value == "auto" else value
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda:0" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return name
+    try:
+        device = torch.device("cuda:0" if name == "cuda" else name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type != "cuda":
+        raise ConfigError(f"device: {name!r} is not one of 'auto', 'cpu', 'cuda', 'cuda:N'")
+    found = torch.cuda.device_count()
+    if (device.index or 0) >= found:
+        raise ConfigError(f"device: {name!r} asks for a CUDA device, and {found} are visible")
+    return f"cuda:{device.index or 0}"
+
+
+def _refuse_unbuilt(config: EngineConfig) -> None:
+    for name, value, why in (
+        ("pdl", "on", "the torch backend launches no kernels of ours; accepted: 'auto', 'off'"),
+        ("cuda_graph", "on", "the torch backend cannot be captured; accepted: 'auto', 'off'"),
+        ("backend", "flashinfer", "no operator uses it yet; accepted: 'auto', 'torch'"),
+    ):
+        if getattr(config, name) == value:
+            raise ConfigError(f"{name}: {value!r} is not available: {why}")
+
+
+def _check_cache_dtypes(config: EngineConfig, model: ModelConfig) -> None:
+    if config.kv_cache_dtype == "fp8" and model.kv_lora_rank % BLOCK:
+        raise ConfigError(
+            f"kv_cache_dtype: 'fp8' needs a kv_lora_rank that is a multiple of {BLOCK}, this model has "
+            f"{model.kv_lora_rank}; accepted here: 'float32', 'bfloat16', 'fp8_flat'"
+        )
+    if config.index_cache_dtype == "fp8" and model.index_head_dim != BLOCK:
+        raise ConfigError(
+            f"index_cache_dtype: 'fp8' needs index_head_dim {BLOCK}, this model has {model.index_head_dim}; "
+            "accepted here: 'float32', 'bfloat16'"
+        )
+
+
+def free_memory(device: str) -> int:
+    """Bytes that the page pool may count on: free device memory, or what the host has available."""
+    if device != "cpu":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

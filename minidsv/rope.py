@@ -1,0 +1,40 @@
+"""Rotary tables of a model: plain or YaRN frequencies, cos and sin of every position."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from minidsv.config import RopeConfig
+
+
+def inv_freq(rope: RopeConfig, dim: int) -> Tensor:
+    """Frequencies fp32 [dim / 2]. YaRN blends f_i and f_i / factor over a ramp (arXiv 2309.00071, section 3.2)."""
+    freq = 1.0 / rope.theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    if rope.factor is None:
+        return freq
+
+    def pair_that_turns(times: float) -> float:
+        wavelength = rope.original_max_position_embeddings / (times * 2 * math.pi)
+        return dim * math.log(wavelength) / (2 * math.log(rope.theta))
+
+    low, high = pair_that_turns(rope.beta_fast), pair_that_turns(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    span = high - low if high != low else 0.001
+    ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / span).clamp(0, 1)
+    return freq / rope.factor * ramp + freq * (1 - ramp)
+
+
+class RopeTable:
+    """cos and sin of positions 0..length-1, fp32 [length, dim / 2] each."""
+
+    def __init__(self, rope: RopeConfig, dim: int, length: int, device: torch.device):
+        angles = torch.arange(length, dtype=torch.float32).unsqueeze(1) * inv_freq(rope, dim)
+        self.cos = (angles.cos() * rope.cos_sin_scale).to(device)
+        self.sin = (angles.sin() * rope.cos_sin_scale).to(device)
+
+    def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin of positions [T], fp32 [T, dim / 2] each."""
+        return self.cos[positions], self.sin[positions]

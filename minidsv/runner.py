@@ -1,0 +1,182 @@
+"""ModelRunner: owns the model and its caches, turns scheduled chunks into a StepBatch, and runs it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minidsv.batch import StepBatch
+from minidsv.block_manager import PAGE_SIZE, pages_for
+from minidsv.checkpoint import Weight
+from minidsv.config import ModelConfig
+from minidsv.engine_config import EngineConfig
+from minidsv.errors import ConfigError
+from minidsv.kv_cache import KVCache, bytes_per_token
+from minidsv.model import DeepseekV32
+from minidsv.request import Request
+from minidsv.resolve import free_memory
+from minidsv.sampler import SamplingBatch, sample
+from minidsv.scheduler import Chunk
+
+CACHE_SHARE = 0.25  # of the free memory, the most that a page pool of default size takes
+
+
+@dataclass
+class StepResult:
+    """What a step gives back to the host."""
+
+    token_ids: list[int]  # one a sampling chunk, in their order
+    logprobs: list["RowLogprobs | None"]  # the same rows
+    prompt_logprobs: list[list["RowLogprobs"]]  # one list a chunk
+
+
+@dataclass
+class RowLogprobs:
+    """Log-probabilities at one position: the best tokens in order, and the one that was taken."""
+
+    best: list[tuple[int, float]]
+    taken: tuple[int, float, int]  # token id, logprob, rank
+
+
+class ModelRunner:
+    """Runs steps; `config` is resolved."""
+
+    def __init__(
+        self,
+        model_config: ModelConfig,
+        config: EngineConfig,
+        weights: dict[str, Weight],
+        eos_token_ids: tuple[int, ...],
+    ):
+        assert config.max_model_len is not None
+        self.model_config, self.eos_token_ids = model_config, eos_token_ids
+        self.device = torch.device(config.device)
+        self.weight_bytes = sum(w.nbytes for w in weights.values())
+        self.page_bytes = PAGE_SIZE * bytes_per_token(
+            model_config, config.kv_cache_dtype, config.index_cache_dtype
+        )
+        self.num_pages = config.num_pages or self._default_pages(config, config.max_model_len)
+        self.cache = KVCache.allocate(
+            model_config,
+            self.num_pages,
+            config.kv_cache_dtype,
+            config.index_cache_dtype,
+            self.device,
+        )
+        self.model = DeepseekV32(model_config, weights, self.cache, config.max_model_len)
+
+    def _default_pages(self, config: EngineConfig, max_model_len: int) -> int:
+        """Room for max_num_seqs requests of full length, within a share of the free memory."""
+        affordable = int(free_memory(config.device) * CACHE_SHARE) // self.page_bytes
+        if affordable < 1:
+            raise ConfigError(
+                f"num_pages: no room for one page of {self.page_bytes} bytes; give num_pages"
+            )
+        return min(config.max_num_seqs * pages_for(max_model_len), affordable)
+
+    def execute(self, chunks: Sequence[Chunk]) -> StepResult:
+        """Compute the chunks, choose a token for each that samples, and bring the result to the host."""
+        rows = _LogitRows.of(chunks)
+        _, logits = self.model.forward(self.prepare(chunks, rows.tokens))
+        requests = [chunk.request for chunk in chunks if chunk.samples]
+        sampled = logits[rows.sampling]
+        batch = SamplingBatch.of(
+            requests, self.eos_token_ids, self.model_config.vocab_size, self.device
+        )
+        ids = sample(sampled, batch)
+        logprobs: list[RowLogprobs | None] = [None] * len(requests)
+        for row, request in enumerate(requests):
+            if request.params.logprobs is not None:
+                logprobs[row] = row_logprobs(sampled[row], ids[row], request.params.logprobs)
+        prompt = [
+            self._prompt_logprobs(chunk, logits, rows.prompt[i]) for i, chunk in enumerate(chunks)
+        ]
+        return StepResult(ids.tolist(), logprobs, prompt)
+
+    def prepare(self, chunks: Sequence[Chunk], logits_index: list[int]) -> StepBatch:
+        """Build the step's metadata on the host, then copy it."""
+        input_ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        request_index: list[int] = []
+        query_start = [0]
+        for row, chunk in enumerate(chunks):
+            pages = chunk.request.page_ids
+            span = range(chunk.start, chunk.end)
+            input_ids += chunk.request.token_ids(chunk.start, chunk.end)
+            positions += span
+            slots += [pages[p // PAGE_SIZE] * PAGE_SIZE + p % PAGE_SIZE for p in span]
+            request_index += [row] * chunk.num_tokens
+            query_start.append(len(input_ids))
+        width = max(len(chunk.request.page_ids) for chunk in chunks)
+        table = [c.request.page_ids + [0] * (width - len(c.request.page_ids)) for c in chunks]
+        position_tensor = self._tensor(positions)
+        return StepBatch(
+            input_ids=self._tensor(input_ids),
+            positions=position_tensor,
+            slot_mapping=self._tensor(slots),
+            seq_lens=position_tensor + 1,
+            request_index=self._tensor(request_index),
+            query_start=self._tensor(query_start),
+            block_table=torch.tensor(table, dtype=torch.int64, device=self.device),
+            logits_index=self._tensor(logits_index),
+            max_seq_len=max(chunk.end for chunk in chunks),
+        )
+
+    def _tensor(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self.device)
+
+    @staticmethod
+    def _prompt_logprobs(
+        chunk: Chunk, logits: Tensor, rows: list[tuple[int, int]]
+    ) -> list[RowLogprobs]:
+        count = chunk.request.params.prompt_logprobs
+        if count is None:
+            return []
+        prompt = chunk.request.prompt_token_ids
+        return [row_logprobs(logits[row], prompt[position], count) for row, position in rows]
+
+
+@dataclass
+class _LogitRows:
+    """Which tokens of a step need logits: each sampling chunk's last, and the prompt's for prompt_logprobs."""
+
+    tokens: list[int]  # index of the token in the flat batch, one a row
+    sampling: list[int]  # rows that choose a token
+    prompt: list[list[tuple[int, int]]]  # per chunk (row, prompt position that the row predicts)
+
+    @classmethod
+    def of(cls, chunks: Sequence[Chunk]) -> "_LogitRows":
+        rows = cls([], [], [])
+        first = 0
+        for chunk in chunks:
+            predicted = _predicted_prompt_positions(chunk)
+            rows.prompt.append([(len(rows.tokens) + i, p) for i, p in enumerate(predicted)])
+            rows.tokens += [first + p - 1 - chunk.start for p in predicted]
+            if chunk.samples:
+                rows.sampling.append(len(rows.tokens))
+                rows.tokens.append(first + chunk.num_tokens - 1)
+            first += chunk.num_tokens
+        return rows
+
+
+def _predicted_prompt_positions(chunk: Chunk) -> range:
+    """Prompt positions whose logprobs this chunk gives and that are not known yet (they are after a preemption)."""
+    request = chunk.request
+    if request.params.prompt_logprobs is None:
+        return range(0)
+    first = max(chunk.start + 1, len(request.prompt_logprobs))
+    return range(first, min(chunk.end + 1, len(request.prompt_token_ids)))
+
+
+def row_logprobs(logits: Tensor, taken: Tensor | int, count: int) -> RowLogprobs:
+    """The `count` best tokens of one row of raw logits [vocab], and `taken`, from the same fp32 values."""
+    values = logits.log_softmax(-1)
+    token = int(taken)
+    own = values[token]
+    best, ids = values.topk(min(count, values.shape[0]))
+    rank = 1 + int((values > own).sum())
+    return RowLogprobs(
+        list(zip(ids.tolist(), best.tolist(), strict=True)), (token, float(own), rank)
+    )

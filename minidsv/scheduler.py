@@ -1,0 +1,140 @@
+"""Scheduler: which tokens of which requests run in the next step. Pure Python; first come, first served.
+
+A step mixes decode tokens and prefill chunks under one token budget. A request is only ever behind by
+`num_tokens - num_computed_tokens`: one for a decoding request, many for a new or a preempted one, so the same loop serves
+all. When pages run out the newest running request is preempted: it loses its pages and is computed again later.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+
+from minidsv.block_manager import PAGE_SIZE, BlockManager
+from minidsv.request import Request, Status
+
+MAX_LOGIT_ROWS = 1024  # prompt positions whose logits one step may compute for prompt_logprobs
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens [start, start + num_tokens) of a request, to be computed in one step."""
+
+    request: Request
+    start: int
+    num_tokens: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_tokens
+
+    @property
+    def samples(self) -> bool:
+        """The chunk reaches the last known token, so its last logits choose the next one."""
+        return self.end == self.request.num_tokens
+
+
+class Scheduler:
+    """Owns the queues; `schedule` picks a step's chunks, `advance` books them as computed."""
+
+    def __init__(self, block_manager: BlockManager, max_num_seqs: int, max_num_batched_tokens: int):
+        self.block_manager = block_manager
+        self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []  # oldest first
+        self.num_preemptions = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def add(self, request: Request) -> None:
+        self.waiting.append(request)
+
+    def finish(self, request: Request) -> None:
+        """Remove a request, wherever it is, and free its pages."""
+        if request.status is Status.RUNNING:
+            self.running.remove(request)
+        elif request.status is Status.WAITING:
+            self.waiting.remove(request)
+        self.block_manager.free(request)
+        request.status = Status.FINISHED
+
+    def schedule(self) -> list[Chunk]:
+        """Chunks of the next step, running requests first; pages for them are allocated. Empty only without work."""
+        budget = _Budget(self.max_num_batched_tokens, MAX_LOGIT_ROWS)
+        chunks: list[Chunk] = []
+        preempted = False
+        for request in list(self.running):
+            if request.status is not Status.RUNNING or budget.tokens == 0:
+                continue
+            size = budget.chunk_size(request)
+            while not self.block_manager.grow(request, request.num_computed_tokens + size):
+                preempted = True
+                if self._preempt_newest() is request:
+                    break
+            else:
+                chunks.append(budget.take(request, size))
+        while (
+            self.waiting
+            and budget.tokens
+            and not preempted
+            and len(self.running) < self.max_num_seqs
+        ):
+            request = self.waiting[0]
+            size = budget.chunk_size(request)
+            if not self.block_manager.grow(request, size):
+                break
+            self.running.append(self.waiting.popleft())
+            request.status = Status.RUNNING
+            chunks.append(budget.take(request, size))
+        assert chunks or not self.has_work, "requests wait and none can run"
+        return chunks
+
+    def advance(self, chunks: list[Chunk]) -> None:
+        """The chunks were computed: their keys are in the cache."""
+        for chunk in chunks:
+            chunk.request.num_computed_tokens = chunk.end
+
+    def _preempt_newest(self) -> Request:
+        request = self.running.pop()
+        self.block_manager.free(request)
+        request.status, request.num_computed_tokens = Status.WAITING, 0
+        request.num_preemptions += 1
+        self.num_preemptions += 1
+        self.waiting.appendleft(request)
+        return request
+
+    def check(self) -> None:
+        """Assert that queues, states and pages agree."""
+        self.block_manager.check()
+        assert all(r.status is Status.WAITING and not r.page_ids for r in self.waiting)
+        assert all(r.status is Status.RUNNING for r in self.running)
+        assert len(self.running) <= self.max_num_seqs
+        for request in self.running:
+            assert len(request.page_ids) * PAGE_SIZE >= request.num_computed_tokens
+        held = sum(len(r.page_ids) for r in self.running)
+        assert held + self.block_manager.num_free == self.block_manager.num_pages, (
+            "a page has no living owner"
+        )
+
+
+@dataclass
+class _Budget:
+    """What is left of a step: tokens, and rows of logits for prompt_logprobs."""
+
+    tokens: int
+    logit_rows: int
+
+    def chunk_size(self, request: Request) -> int:
+        size = min(request.num_tokens - request.num_computed_tokens, self.tokens)
+        return min(size, max(1, self.logit_rows)) if self._wants_rows(request) else size
+
+    def take(self, request: Request, size: int) -> Chunk:
+        self.tokens -= size
+        if self._wants_rows(request):
+            self.logit_rows -= size
+        return Chunk(request, request.num_computed_tokens, size)
+
+    @staticmethod
+    def _wants_rows(request: Request) -> bool:
+        known = len(request.prompt_logprobs)
+        return request.params.prompt_logprobs is not None and known < len(request.prompt_token_ids)
