@@ -1,18 +1,21 @@
-"""Linear layers: dense weights, FP8 weights in 128x128 blocks, and the fp32-out GEMM of the small gates.
+"""Linear layers: dense weights, FP8 weights in 128x128 blocks, and the fp32-out GEMM of the small
+gates.
 
 linear:      y[t, o] = sum_i x[t, i] w[o, i]                          rounded once, to x's dtype
-FP8:         w[o, i] = w8[o, i] * scale[o // 128, i // 128]           activations stay unquantised (W8A16)
+FP8:         w[o, i] = w8[o, i] * scale[o // 128, i // 128]           activations stay unquantised
+(W8A16)
 gate_gemm:   the same with fp32 inputs and output: the router, the indexer's weights_proj, lm_head
 """
 
 import torch.nn.functional as F
-from torch import Tensor
-
 from minidsv.kernels.quant import dequantize_fp8_blocks
+from torch import Tensor
 
 
 def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
-    """x [T, in], weight [out, in] (x's dtype, or e4m3 with fp32 block scales) -> [T, out] in x's dtype."""
+    """x [T, in], weight [out, in] (x's dtype, or e4m3 with fp32 block scales) -> [T, out] in x's
+    dtype.
+    """
     if scale is None:
         assert weight.dtype == x.dtype, f"{weight.dtype=} {x.dtype=}"
         return F.linear(x, weight)

@@ -1,16 +1,17 @@
-"""Paged writes and reads of the lightning indexer's keys; this file alone knows the bytes of its pages.
+"""Paged writes and reads of the lightning indexer's keys; this file alone knows the bytes of its
+pages.
 
     float32, bfloat16   [num_pages, 64, D]: one key a token
-    fp8 (uint8)         [num_pages, 64 * (D + 4)], DeepGEMM's page: 64 keys of D e4m3, then their 64 fp32 scales (powers
-                        of two); for D = 128 a page is 8192 + 256 bytes. Keys are rotated by the Hadamard matrix first.
+    fp8 (uint8)         [num_pages, 64 * (D + 4)], DeepGEMM's page: 64 keys of D e4m3, then their 64
+                        fp32 scales (powers of two); for D = 128 a page is 8192 + 256 bytes. Keys
+                        are rotated by the Hadamard matrix first.
 
 Called by the indexer (writes) and `indexer_logits` (reads).
 """
 
 import torch
-from torch import Tensor
-
 from minidsv.kernels.quant import dequantize_groups, hadamard, per_token_group_quant_fp8
+from torch import Tensor
 
 PAGE_SIZE = 64
 
@@ -21,7 +22,9 @@ def fp8_page_bytes(index_head_dim: int) -> int:
 
 
 def rotate_quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Hadamard, bf16, then one power-of-two scale a row: x [..., D] -> (e4m3 [..., D], fp32 [..., 1])."""
+    """Hadamard, bf16, then one power-of-two scale a row: x [..., D] -> (e4m3 [..., D], fp32 [...,
+    1]).
+    """
     rotated = hadamard(x).to(torch.bfloat16)
     return per_token_group_quant_fp8(rotated, group_size=x.shape[-1], ue8m0=True)
 
@@ -48,6 +51,8 @@ def read_index_k_buffer(buffer: Tensor, pages: Tensor, index_head_dim: int) -> T
 
 
 def _fp8_views(buffer: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """uint8 [P, 64 * (D + 4)] as (keys uint8 [P, 64, D], scales fp32 [P, 64]); both share its memory."""
+    """uint8 [P, 64 * (D + 4)] as (keys uint8 [P, 64, D], scales fp32 [P, 64]); both share its
+    memory.
+    """
     keys, scales = buffer[:, : PAGE_SIZE * dim], buffer[:, PAGE_SIZE * dim :]
     return keys.unflatten(-1, (PAGE_SIZE, dim)), scales.view(torch.float32)

@@ -2,15 +2,14 @@
 
     I(t, s) = sum_j W_j(t) * relu(q_j(t) . k(s))        s < seq_lens[t], else -inf; fp32
 
-W holds everything that is constant over s: the head gate (which may be negative, so it stays outside the ReLU), q's FP8
-scale, index_head_dim^-0.5 and index_n_heads^-0.5. DeepSeek-V3.2-Exp report, section 2.1; model-spec 4. Called by the
-indexer, in chunks of rows.
+W holds everything that is constant over s: the head gate (which may be negative, so it stays
+outside the ReLU), q's FP8 scale, index_head_dim^-0.5 and index_n_heads^-0.5. DeepSeek-V3.2-Exp
+report, section 2.1; model-spec 4. Called by the indexer, in chunks of rows.
 """
 
 import torch
-from torch import Tensor
-
 from minidsv.kernels.index_cache import PAGE_SIZE, read_index_k_buffer
+from torch import Tensor
 
 
 def paged_index_logits(
@@ -23,8 +22,8 @@ def paged_index_logits(
 ) -> Tensor:
     """Score every visible key of each row.
 
-    q fp32 [T, H, D]; weights fp32 [T, H]; buffer: index cache; block_table [R, pages]; seq_lens, request_index [T].
-    Returns fp32 [T, max(seq_lens)], -inf behind a row's last visible key.
+    q fp32 [T, H, D]; weights fp32 [T, H]; buffer: index cache; block_table [R, pages]; seq_lens,
+    request_index [T]. Returns fp32 [T, max(seq_lens)], -inf behind a row's last visible key.
     """
     rows, heads, dim = q.shape
     logits = q.new_full((rows, int(seq_lens.max())), float("-inf"))

@@ -1,16 +1,16 @@
 """The MLPs: SwiGLU, and the routed experts over it.
 
     mlp(x)     = down(silu(gate(x)) * up(x))                silu and product in fp32, rounded once
-    experts(x) = sum_k weight_k * mlp_{id_k}(x)             fp32 sum; the weight multiplies the output of down
+    experts(x) = sum_k weight_k * mlp_{id_k}(x)             fp32 sum; the weight multiplies the
+                                                            output of down
 
 gate and up are one tensor [..., 2, I, in] (gate first). Called by the dense and the MoE layers.
 """
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
 from minidsv.kernels.gemm import linear
+from torch import Tensor
 
 
 def swiglu_mlp(
@@ -20,7 +20,7 @@ def swiglu_mlp(
     down: Tensor,
     down_scale: Tensor | None,
 ) -> Tensor:
-    """x [T, hidden], gate_up [2, I, hidden], down [hidden, I], FP8 scales or None -> [T, hidden]."""
+    """x [T, hidden], gate_up [2, I, hidden], down [hidden, I] -> [T, hidden]; scales for FP8."""
     gate, up = (
         linear(x, gate_up[half], None if gate_up_scale is None else gate_up_scale[half]).float()
         for half in (0, 1)
@@ -37,7 +37,9 @@ def routed_experts(
     down: Tensor,
     down_scale: Tensor | None,
 ) -> Tensor:
-    """x [T, hidden], weights fp32 and ids [T, k], gate_up [E, 2, I, hidden], down [E, hidden, I] -> fp32 [T, hidden]."""
+    """x [T, hidden], weights fp32 and ids [T, k], gate_up [E, 2, I, hidden], down [E, hidden, I] ->
+    fp32 [T, hidden].
+    """
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for expert in ids.unique().tolist():
         token, choice = torch.where(ids == expert)

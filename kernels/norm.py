@@ -3,7 +3,8 @@
     rms_norm:   y = x / sqrt(mean(x^2) + eps) * w
     layer_norm: y = (x - mean(x)) / sqrt(var(x) + eps) * w + b      (the indexer's k_norm, eps 1e-6)
 
-`add_rms_norm` adds the residual in fp32 and normalises the unrounded sum (DeepSeek's demo). Called by every layer.
+`add_rms_norm` adds the residual in fp32 and normalises the unrounded sum (DeepSeek's demo). Called
+by every layer.
 """
 
 import torch

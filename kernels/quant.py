@@ -1,10 +1,12 @@
-"""FP8 (e4m3fn) quantisation: activations in groups, weights in 128x128 blocks, and the Hadamard rotation.
+"""FP8 (e4m3fn) quantisation: activations in groups, weights in 128x128 blocks, and the Hadamard
+rotation.
 
     s = max(amax(|x|), 1e-4) / 448          one scale a group; ue8m0: rounded up to a power of two
     q = e4m3(clamp(x / s, -448, 448))       x is about q * s
 
-Formats: DeepSeek-V3.2's `quantization_config` (fmt e4m3, dynamic, weight_block_size [128, 128]); `weight_scale_inv`
-is a multiplier despite its name. Called by the cache writers, the indexer, the FP8 linear and the loader.
+Formats: DeepSeek-V3.2's `quantization_config` (fmt e4m3, dynamic, weight_block_size [128, 128]);
+`weight_scale_inv` is a multiplier despite its name. Called by the cache writers, the indexer, the
+FP8 linear and the loader.
 """
 
 import functools
@@ -18,7 +20,9 @@ BLOCK = 128
 
 
 def round_scale_ue8m0(scale: Tensor) -> Tensor:
-    """Smallest power of two >= `scale` (positive, normal fp32), by exponent bits: exact where log2 is not."""
+    """Smallest power of two >= `scale` (positive, normal fp32), by exponent bits: exact where log2
+    is not.
+    """
     bits = scale.view(torch.int32)
     exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0).to(torch.int32)
     return (exponent << 23).view(torch.float32)
@@ -36,7 +40,9 @@ def _to_e4m3(x: Tensor) -> Tensor:
 def per_token_group_quant_fp8(
     x: Tensor, group_size: int = BLOCK, ue8m0: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Quantise the last axis in groups: x [..., D] -> e4m3 [..., D], fp32 scales [..., D / group_size]."""
+    """Quantise the last axis in groups: x [..., D] -> e4m3 [..., D], fp32 scales [..., D /
+    group_size].
+    """
     assert x.shape[-1] % group_size == 0, (
         f"last axis {x.shape[-1]} is not a multiple of {group_size}"
     )
@@ -56,7 +62,9 @@ def block_scale_shape(rows: int, cols: int) -> tuple[int, int]:
 
 
 def quantize_fp8_blocks(weight: Tensor, ue8m0: bool = True) -> tuple[Tensor, Tensor]:
-    """Quantise w [out, in] in 128x128 blocks -> e4m3 [out, in], fp32 scales [ceil(out/128), ceil(in/128)]."""
+    """Quantise w [out, in] in 128x128 blocks -> e4m3 [out, in], fp32 scales [ceil(out/128),
+    ceil(in/128)].
+    """
     rows, cols = weight.shape
     grid_rows, grid_cols = block_scale_shape(rows, cols)
     padded = torch.zeros(grid_rows * BLOCK, grid_cols * BLOCK, device=weight.device)
@@ -91,5 +99,7 @@ def hadamard_matrix(size: int) -> Tensor:
 
 
 def hadamard(x: Tensor) -> Tensor:
-    """Rotate the last axis by the Hadamard matrix (fp32); spreads outliers before FP8, keeps dot products."""
+    """Rotate the last axis by the Hadamard matrix (fp32); spreads outliers before FP8, keeps dot
+    products.
+    """
     return x.float() @ hadamard_matrix(x.shape[-1]).to(x.device)

@@ -4,8 +4,8 @@
     half-split (NeoX):   pairs (x[i], x[i + D/2])    the indexer of DeepSeek
     (a, b) -> (a cos - b sin, a sin + b cos)
 
-Angles are position * inv_freq in fp32 (the recipe of training; not fp64), the rotation is fp32, the result is rounded
-once. Called by MLA and the indexer.
+Angles are position * inv_freq in fp32 (the recipe of training; not fp64), the rotation is fp32, the
+result is rounded once. Called by MLA and the indexer.
 """
 
 import torch

@@ -1,10 +1,13 @@
 """Expert selection of DeepSeek-V3 ("noaux_tc"), all in fp32.
 
     s = sigmoid(logits);  b = s + e_score_correction_bias
-    groups: score = sum of the 2 largest b; only the topk_group best groups keep their experts (others -inf)
-    ids = top_k of b;  weights = s[ids] / (sum + 1e-20) * routed_scaling_factor     (the unbiased scores)
+    groups: score = sum of the 2 largest b; only the topk_group best groups keep their experts
+    (others -inf)
+    ids = top_k of b;  weights = s[ids] / (sum + 1e-20) * routed_scaling_factor     (the unbiased
+    scores)
 
-Ties go to the lowest index. With n_group 1 (GLM) the group stage keeps everything. Called by the MoE layer.
+Ties go to the lowest index. With n_group 1 (GLM) the group stage keeps everything. Called by the
+MoE layer.
 """
 
 import torch
@@ -21,7 +24,7 @@ def grouped_topk(
     norm_topk_prob: bool,
     routed_scaling_factor: float,
 ) -> tuple[Tensor, Tensor]:
-    """logits fp32 [T, E], bias fp32 [E] -> (weights fp32 [T, top_k], expert ids int64 [T, top_k])."""
+    """logits and bias fp32 [T, E], [E] -> (weights fp32, expert ids int64), each [T, top_k]."""
     scores = logits.sigmoid()
     biased = scores + bias
     if n_group > 1:

@@ -1,21 +1,23 @@
 """Paged writes and reads of the latent (MLA) cache; this file alone knows the bytes of its rows.
 
-One row a token: the normalised latent (`k_nope`, C = kv_lora_rank values) and the rotated, shared `k_pe` (`k_rope`,
-r values). A buffer is [num_slots, row], slot = page * 64 + offset. Rows, for DeepSeek's C = 512 and r = 64:
+One row a token: the normalised latent (`k_nope`, C = kv_lora_rank values) and the rotated, shared
+`k_pe` (`k_rope`, r values). A buffer is [num_slots, row], slot = page * 64 + offset. Rows, for
+DeepSeek's C = 512 and r = 64:
 
     float32, bfloat16   576 values
-    fp8_flat (e4m3)     576 values over one scalar scale (the seed's `set_mla_kv_buffer_fp8_quant`, SGLang PR 23965)
-    fp8 (uint8)         656 bytes as FlashMLA's sparse decode reads them: 512 e4m3, then 4 fp32 scales (amax / 448 of
-                        each 128 channels), then 64 bf16 of k_pe, not quantised
+    fp8_flat (e4m3)     576 values over one scalar scale (the seed's `set_mla_kv_buffer_fp8_quant`,
+                        SGLang PR 23965)
+    fp8 (uint8)         656 bytes as FlashMLA's sparse decode reads them: 512 e4m3, then 4 fp32
+                        scales (amax / 448 of each 128 channels), then 64 bf16 of k_pe, not
+                        quantised
 
-For another C, a multiple of 128, the fp8 row is C e4m3, 4 bytes of scale per 128 channels and 2 bytes per rope channel.
-Called by MLA (writes) and `sparse_mla` (reads).
+For another C, a multiple of 128, the fp8 row is C e4m3, 4 bytes of scale per 128 channels and 2
+bytes per rope channel. Called by MLA (writes) and `sparse_mla` (reads).
 """
 
 import torch
-from torch import Tensor
-
 from minidsv.kernels.quant import BLOCK, E4M3_MAX, dequantize_groups, per_token_group_quant_fp8
+from torch import Tensor
 
 
 def fp8_row_bytes(kv_lora_rank: int, rope_dim: int) -> int:
@@ -27,7 +29,8 @@ def fp8_row_bytes(kv_lora_rank: int, rope_dim: int) -> int:
 def set_mla_kv_buffer(kv_buffer: Tensor, loc: Tensor, k_nope: Tensor, k_rope: Tensor) -> None:
     """Write rows kv_buffer[loc] = [k_nope | k_rope].
 
-    kv_buffer [num_slots, C + r] fp32 or bf16; loc [T] int32 or int64, distinct; k_nope [T, C], k_rope [T, r], any strides.
+    kv_buffer [num_slots, C + r] fp32 or bf16; loc [T] int32 or int64, distinct; k_nope [T, C],
+    k_rope [T, r], any strides.
     """
     assert kv_buffer.shape[-1] == k_nope.shape[-1] + k_rope.shape[-1], (
         f"{kv_buffer.shape=} {k_nope.shape=} {k_rope.shape=}"
@@ -38,7 +41,9 @@ def set_mla_kv_buffer(kv_buffer: Tensor, loc: Tensor, k_nope: Tensor, k_rope: Te
 def set_mla_kv_buffer_fp8_quant(
     kv_buffer: Tensor, loc: Tensor, k_nope: Tensor, k_rope: Tensor, scale: float = 1.0
 ) -> None:
-    """The same with the cast to FP8: an e4m3 buffer takes the flat row (over `scale`), a uint8 buffer the fp8 row."""
+    """The same with the cast to FP8: an e4m3 buffer takes the flat row (over `scale`), a uint8
+    buffer the fp8 row.
+    """
     if kv_buffer.dtype == torch.float8_e4m3fn:
         row = torch.cat((k_nope, k_rope), -1).float() / scale
         bytes_ = row.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8)

@@ -1,16 +1,19 @@
-"""Sparse multi-head latent attention in its absorbed (MQA) form, over a list of physical slots a token.
+"""Sparse multi-head latent attention in its absorbed (MQA) form, over a list of physical slots a
+token.
 
-    score[t, h, s] = (q_latent[t, h] . ckv[s] + q_pe[t, h] . k_pe[s]) * scale       s in topk_indices[t], others ignored
-    out[t, h]      = sum_s softmax(score[t, h])[s] * ckv[s]                         the first C of the same row
+    score[t, h, s] = (q_latent[t, h] . ckv[s] + q_pe[t, h] . k_pe[s]) * scale       s in
+    topk_indices[t], others ignored
+    out[t, h]      = sum_s softmax(score[t, h])[s] * ckv[s]                         the first C of
+    the same row
 
-One shared key-value head: each cache row is [ckv | k_pe]. The scale is given, never derived from the row's width. A token
-without a single valid slot yields zeros. Called by MLA for decode and prefill alike. DeepSeek-V2 report, appendix C.
+One shared key-value head: each cache row is [ckv | k_pe]. The scale is given, never derived from
+the row's width. A token without a single valid slot yields zeros. Called by MLA for decode and
+prefill alike. DeepSeek-V2 report, appendix C.
 """
 
 import torch
-from torch import Tensor
-
 from minidsv.kernels.set_mla_kv_buffer import read_mla_kv_buffer
+from torch import Tensor
 
 _CHUNK_ELEMENTS = 1 << 25  # gathered cache elements at a time: 128 MiB of fp32
 
@@ -25,8 +28,8 @@ def sparse_mla(
 ) -> Tensor:
     """Attend each token to its slots.
 
-    q_latent [T, H, C], q_pe [T, H, r]; kv_buffer [num_slots, row]; topk_indices int64 [T, K], -1 = none.
-    Returns the latent output [T, H, C] in q_latent's dtype; fp32 inside.
+    q_latent [T, H, C], q_pe [T, H, r]; kv_buffer [num_slots, row]; topk_indices int64 [T, K], -1 =
+    none. Returns the latent output [T, H, C] in q_latent's dtype; fp32 inside.
     """
     latent_dim = q_latent.shape[-1]
     query = torch.cat((q_latent, q_pe), -1).float()

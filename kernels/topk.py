@@ -1,18 +1,19 @@
 """Selection of the indexer's K best positions, as physical slots of the paged cache.
 
-The order is total: score descending (NaN as -inf, -0.0 equal to 0.0), then the lowest position first, so the set is
-unique, whatever the ties. Rows that see at most K keys select all of them. Called by the indexer; `all_slots` also by the
-model for steps in which no context exceeds K.
+The order is total: score descending (NaN as -inf, -0.0 equal to 0.0), then the lowest position
+first, so the set is unique, whatever the ties. Rows that see at most K keys select all of them.
+Called by the indexer; `all_slots` also by the model for steps in which no context exceeds K.
 """
 
 import torch
-from torch import Tensor
-
 from minidsv.kernels.index_cache import PAGE_SIZE
+from torch import Tensor
 
 
 def topk_positions(logits: Tensor, seq_lens: Tensor, k: int) -> Tensor:
-    """logits fp32 [T, S], seq_lens [T] -> the selected positions, ascending, int64 [T, k], -1 behind the last."""
+    """logits fp32 [T, S], seq_lens [T] -> the selected positions, ascending, int64 [T, k], -1
+    behind the last.
+    """
     scores = logits.masked_fill(logits.isnan(), float("-inf"))
     best = scores.sort(dim=-1, descending=True, stable=True).indices[:, :k]
     beyond = logits.shape[1]
@@ -22,7 +23,7 @@ def topk_positions(logits: Tensor, seq_lens: Tensor, k: int) -> Tensor:
 
 
 def positions_to_slots(positions: Tensor, block_table: Tensor, request_index: Tensor) -> Tensor:
-    """positions [T, K] (-1 padded) of the rows' requests -> physical slots int64 [T, K], -1 padded."""
+    """Positions [T, K] in the rows' requests -> physical slots int64 [T, K]; -1 stays -1."""
     pages = block_table.long()[request_index].gather(1, positions.clamp_min(0) // PAGE_SIZE)
     slots = pages * PAGE_SIZE + positions.clamp_min(0) % PAGE_SIZE
     return slots.masked_fill(positions < 0, -1)

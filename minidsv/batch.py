@@ -7,7 +7,8 @@ from torch import Tensor
 
 @dataclass
 class StepBatch:
-    """T tokens of R requests in one flat batch, whatever their mix of prefill chunks and decode tokens.
+    """T tokens of R requests in one flat batch, whatever their mix of prefill chunks and decode
+    tokens.
 
     Integer tensors are int64. The runner fills every field.
     """

@@ -1,8 +1,9 @@
 """Load an official Hugging Face checkpoint: strict, streamed, straight from the safetensors files.
 
-Everything is checked from the files' headers before the first byte of a tensor is read: missing and unexpected names,
-shapes, dtypes, FP8 weights without their `weight_scale_inv` and scales without their weight. Tensors are then copied one
-at a time from the memory-mapped files into the parameters, so the peak is the parameters plus one tensor.
+Everything is checked from the files' headers before the first byte of a tensor is read: missing and
+unexpected names, shapes, dtypes, FP8 weights without their `weight_scale_inv` and scales without
+their weight. Tensors are then copied one at a time from the memory-mapped files into the
+parameters, so the peak is the parameters plus one tensor.
 """
 
 import json
@@ -28,7 +29,9 @@ _FLOATS = {"F32", "BF16"}
 
 @dataclass
 class Weight:
-    """A parameter: `data`, and fp32 128x128-block scales (leading axes as data's) when data is e4m3."""
+    """A parameter: `data`, and fp32 128x128-block scales (leading axes as data's) when data is
+    e4m3.
+    """
 
     data: Tensor
     scale: Tensor | None = None
@@ -39,7 +42,9 @@ class Weight:
 
 
 class WeightStore:
-    """Collects checkpoint tensors into parameters; `quantization` is "auto", "none" or "fp8" (see EngineConfig)."""
+    """Collects checkpoint tensors into parameters; `quantization` is "auto", "none" or "fp8" (see
+    EngineConfig).
+    """
 
     def __init__(self, device: torch.device, dtype: torch.dtype, quantization: str):
         self.device, self.dtype, self.quantization = device, dtype, quantization
@@ -168,7 +173,9 @@ def load_checkpoint(
     dtype: torch.dtype,
     quantization: str,
 ) -> dict[str, Weight]:
-    """Parameters of the model in `folder` by our names (see `tensor_table`); raises CheckpointError."""
+    """Parameters of the model in `folder` by our names (see `tensor_table`); raises
+    CheckpointError.
+    """
     return fill(
         Checkpoint(folder, config).tensors(), device=device, dtype=dtype, quantization=quantization
     )
@@ -181,7 +188,9 @@ def fill(
     dtype: torch.dtype,
     quantization: str,
 ) -> dict[str, Weight]:
-    """Collect a stream of (name, spec, data, scale), each tensor of the table once, into parameters."""
+    """Collect a stream of (name, spec, data, scale), each tensor of the table once, into
+    parameters.
+    """
     store = WeightStore(device, dtype, quantization)
     for name, spec, data, scale in tensors:
         store.add(name, spec, data, scale)

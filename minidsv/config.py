@@ -1,8 +1,10 @@
-"""ModelConfig: the `config.json` of a DeepSeek-V3.2-family checkpoint, checked, under its Hugging Face names.
+"""ModelConfig: the `config.json` of a DeepSeek-V3.2-family checkpoint, checked, under its Hugging
+Face names.
 
-Accepted architectures: `deepseek_v32` (DeepSeek-V3.2, V3.2-Exp) and `glm_moe_dsa` (GLM-5, 5.1, 5.2).
-Both spellings of RoPE are read (`rope_scaling` + `rope_theta`, and `rope_parameters`), and the three ways of
-saying which layers own an indexer (`indexer_types`, `index_topk_pattern`, `index_topk_freq`).
+Accepted architectures: `deepseek_v32` (DeepSeek-V3.2, V3.2-Exp) and `glm_moe_dsa` (GLM-5, 5.1,
+5.2). Both spellings of RoPE are read (`rope_scaling` + `rope_theta`, and `rope_parameters`), and
+the three ways of saying which layers own an indexer (`indexer_types`, `index_topk_pattern`,
+`index_topk_freq`).
 """
 
 import json
@@ -17,10 +19,27 @@ from minidsv.errors import ConfigError
 FP8_BLOCK = 128
 ARCHITECTURES = {"deepseek_v32": "DeepseekV32ForCausalLM", "glm_moe_dsa": "GlmMoeDsaForCausalLM"}
 _POSITIVE = (
-    "vocab_size hidden_size num_hidden_layers intermediate_size moe_intermediate_size num_attention_heads "
-    "q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim n_routed_experts n_shared_experts "
-    "num_experts_per_tok n_group topk_group max_position_embeddings index_n_heads index_head_dim index_topk"
-).split()
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_attention_heads",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "n_routed_experts",
+    "n_shared_experts",
+    "num_experts_per_tok",
+    "n_group",
+    "topk_group",
+    "max_position_embeddings",
+    "index_n_heads",
+    "index_head_dim",
+    "index_topk",
+)
 _FIXED = {
     "hidden_act": "silu",
     "scoring_func": "sigmoid",
@@ -48,7 +67,9 @@ class RopeConfig:
 
     @property
     def cos_sin_scale(self) -> float:
-        """Multiplier of the cos/sin table; 1.0 for every released checkpoint (mscale equals mscale_all_dim)."""
+        """Multiplier of the cos/sin table; 1.0 for every released checkpoint (mscale equals
+        mscale_all_dim).
+        """
         if self.factor is None:
             return 1.0
         if self.mscale and self.mscale_all_dim:
@@ -225,13 +246,15 @@ def _check_quantization(quantization: Any) -> None:
         or quantization.get("fmt", "e4m3") != "e4m3"
     ):
         raise ConfigError(
-            f"quantization_config: quant_method {method!r} with weight_block_size {block!r} is not supported; "
-            f"accepted: 'fp8', fmt 'e4m3', blocks of [{FP8_BLOCK}, {FP8_BLOCK}]"
+            f"quantization_config: quant_method {method!r} with weight_block_size {block!r} is not "
+            f"supported; accepted: 'fp8', fmt 'e4m3', blocks of [{FP8_BLOCK}, {FP8_BLOCK}]"
         )
 
 
 def _dense_layers(raw: Mapping[str, Any], layers: int) -> int:
-    """Number of leading dense layers, from first_k_dense_replace or mlp_layer_types (which must agree)."""
+    """Number of leading dense layers, from first_k_dense_replace or mlp_layer_types (which must
+    agree).
+    """
     types = raw.get("mlp_layer_types")
     dense = raw.get("first_k_dense_replace")
     if dense is None:
@@ -242,13 +265,14 @@ def _dense_layers(raw: Mapping[str, Any], layers: int) -> int:
     expected = ["dense"] * dense + ["sparse"] * (layers - dense)
     if types is not None and list(types) != expected:
         raise ConfigError(
-            f"mlp_layer_types: {types!r} does not match first_k_dense_replace {dense} of {layers} layers"
+            f"mlp_layer_types: {types!r} does not match "
+            f"first_k_dense_replace {dense} of {layers} layers"
         )
     return dense
 
 
 def _nextn_layers(raw: Mapping[str, Any]) -> int:
-    """Multi-token-prediction layers; transformers does not write the field, every release has one."""
+    """Multi-token-prediction layers; where the field is absent (transformers drops it), one."""
     value = raw.get("num_nextn_predict_layers")
     if value is None:
         return 1
@@ -272,7 +296,8 @@ def _indexer_types(raw: Mapping[str, Any], layers: int) -> tuple[str, ...]:
         types = ["full" if max(i - offset + 1, 0) % freq == 0 else "shared" for i in range(layers)]
     if len(types) != layers or not set(types) <= {"full", "shared"} or types[0] != "full":
         raise ConfigError(
-            f"{field}: {types!r} is not a list of {layers} of 'full' or 'shared' that starts with 'full'"
+            f"{field}: {types!r} is not a list of {layers} of 'full' or 'shared' "
+            "that starts with 'full'"
         )
     if raw["model_type"] == "deepseek_v32" and "shared" in types:
         raise ConfigError(f"{field}: deepseek_v32 has an indexer in every layer; got {types!r}")
@@ -308,30 +333,18 @@ def _rope(raw: Mapping[str, Any]) -> RopeConfig:
 
 
 def _check_dims(c: ModelConfig) -> None:
-    rules = [
-        (
-            c.n_routed_experts % c.n_group == 0,
-            f"n_group: {c.n_group} does not divide n_routed_experts {c.n_routed_experts}",
-        ),
-        (c.topk_group <= c.n_group, f"topk_group: {c.topk_group} is more than n_group {c.n_group}"),
-        (
-            c.num_experts_per_tok <= c.n_routed_experts // c.n_group * c.topk_group,
-            f"num_experts_per_tok: {c.num_experts_per_tok} is more than {c.topk_group} groups hold",
-        ),
-        (
-            c.n_group == 1 or c.n_routed_experts // c.n_group >= 2,
-            f"n_group: {c.n_group} leaves fewer than 2 of {c.n_routed_experts} experts a group",
-        ),
-        (c.qk_rope_head_dim % 2 == 0, f"qk_rope_head_dim: {c.qk_rope_head_dim} is odd"),
-        (
-            c.qk_rope_head_dim <= c.index_head_dim,
-            f"index_head_dim: {c.index_head_dim} is less than qk_rope_head_dim {c.qk_rope_head_dim}",
-        ),
-        (
-            all(i < c.vocab_size for i in c.eos_token_ids),
-            f"eos_token_id: {list(c.eos_token_ids)} is outside vocab_size {c.vocab_size}",
-        ),
-    ]
-    for ok, message in rules:
+    def require(ok: bool, message: str) -> None:
         if not ok:
             raise ConfigError(message)
+
+    experts, groups, k = c.n_routed_experts, c.n_group, c.num_experts_per_tok
+    rope, index = c.qk_rope_head_dim, c.index_head_dim
+    require(experts % groups == 0, f"n_group: {groups} does not divide n_routed_experts {experts}")
+    require(c.topk_group <= groups, f"topk_group: {c.topk_group} is more than n_group {groups}")
+    require(groups == 1 or experts >= 2 * groups, f"n_group: {groups} leaves groups of 1 expert")
+    kept = experts // groups * c.topk_group
+    require(k <= kept, f"num_experts_per_tok: {k} is more than the {kept} of topk_group groups")
+    require(rope % 2 == 0, f"qk_rope_head_dim: {rope} is odd")
+    require(rope <= index, f"index_head_dim: {index} is less than qk_rope_head_dim {rope}")
+    for token in c.eos_token_ids:
+        require(token < c.vocab_size, f"eos_token_id: {token} is outside vocab_size {c.vocab_size}")

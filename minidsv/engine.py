@@ -1,4 +1,6 @@
-"""Engine: requests in, tokens and text out, one step at a time. Not thread-safe: one thread owns it."""
+"""Engine: requests in, tokens and text out, one step at a time. Not thread-safe: one thread owns
+it.
+"""
 
 from dataclasses import dataclass
 from itertools import count
@@ -12,7 +14,7 @@ from minidsv.config import ModelConfig
 from minidsv.engine_config import EngineConfig, model_path, tokenizer_folder
 from minidsv.errors import RequestError
 from minidsv.random_weights import random_tensors
-from minidsv.request import SEED_BITS, LogprobDict, Logprob, Request, SamplingParams
+from minidsv.request import SEED_BITS, Logprob, LogprobDict, Request, SamplingParams
 from minidsv.resolve import resolve
 from minidsv.runner import ModelRunner, RowLogprobs
 from minidsv.scheduler import Chunk, Scheduler
@@ -48,7 +50,7 @@ class Engine:
         self.scheduler = Scheduler(
             self.block_manager, self.config.max_num_seqs, self.config.max_num_batched_tokens
         )
-        self._texts: dict[str, _TextState] = {}
+        self._texts: dict[Request, _TextState] = {}
         self._ids = count()
 
     @property
@@ -62,7 +64,9 @@ class Engine:
         prompt: str | None = None,
         request_id: str | None = None,
     ) -> Request:
-        """Check a prompt against the model and the pool; raises RequestError, with the numbers, if it can never run."""
+        """Check a prompt against the model and the pool; raises RequestError, with the numbers, if
+        it can never run.
+        """
         self._check_prompt(token_ids)
         vocab = self.model_config.vocab_size
         for name in ("logprobs", "prompt_logprobs"):
@@ -79,19 +83,18 @@ class Engine:
 
     def add(self, request: Request) -> None:
         """Queue a request made by `make_request`."""
-        if request.request_id in self._texts:
-            raise RequestError("request_id", f"{request.request_id!r} is in use")
-        stream = self.tokenizer.stream(request.prompt_token_ids)
-        self._texts[request.request_id] = _TextState(stream)
+        self._texts[request] = _TextState(self.tokenizer.stream(request.prompt_token_ids))
         self.scheduler.add(request)
 
     def abort(self, request: Request) -> None:
-        """Stop a request wherever it is; its pages are free at once. Does nothing if it has ended."""
+        """Stop a request wherever it is and free its pages; does nothing if it has ended."""
         if request.finish_reason is None:
             self._finish(request, "abort")
 
     def step(self) -> list[StepOutput]:
-        """Run one step; returns what it brought each request that got a token. Empty only without work."""
+        """Run one step; returns what it brought each request that got a token. Empty only without
+        work.
+        """
         chunks = self.scheduler.schedule()
         if not chunks:
             return []
@@ -108,7 +111,9 @@ class Engine:
         ]
 
     def prompt_logits(self, token_ids: list[int]) -> Tensor:
-        """fp32 logits [len(token_ids), vocab] of one forward over the prompt (chunked by the token budget)."""
+        """fp32 logits [len(token_ids), vocab] of one forward over the prompt (chunked by the token
+        budget).
+        """
         self._check_prompt(token_ids)
         self._check_room("prompt", len(token_ids), f"{len(token_ids)} tokens")
         request = Request("prompt_logits", token_ids, SamplingParams(), seed=0, max_tokens=0)
@@ -144,11 +149,13 @@ class Engine:
         if pages_for(num_tokens) > pages:
             raise RequestError(
                 field,
-                f"{what}: they need {pages_for(num_tokens)} pages of {PAGE_SIZE}, the cache has {pages}",
+                f"{what} need {pages_for(num_tokens)} pages of {PAGE_SIZE}, the cache has {pages}",
             )
 
     def _max_tokens(self, num_prompt: int, params: SamplingParams) -> int:
-        """params.max_tokens, or what the context and the pool leave; refused if prompt + output can never fit."""
+        """params.max_tokens, or what the context and the pool leave; refused if prompt + output can
+        never fit.
+        """
         if params.max_tokens is not None:
             wanted = params.max_tokens
         else:
@@ -163,7 +170,7 @@ class Engine:
 
     def _append(self, chunk: Chunk, token: int, logprobs: RowLogprobs | None) -> StepOutput:
         request = chunk.request
-        state = self._texts[request.request_id]
+        state = self._texts[request]
         request.output_token_ids.append(token)
         if logprobs is not None:
             request.logprobs.append(self._logprobs(logprobs))
@@ -188,7 +195,7 @@ class Engine:
         return "stop" if token in self.eos_token_ids and not params.ignore_eos else None
 
     def _finish(self, request: Request, reason: str) -> None:
-        state = self._texts.pop(request.request_id)
+        state = self._texts.pop(request)
         if request.stop_reason is None or isinstance(request.stop_reason, int):
             request.text += state.stream.flush()
         request.finish_reason = reason
@@ -218,7 +225,9 @@ class _TextState:
         return begin
 
     def stopped(self, request: Request, begin: int) -> bool:
-        """Cut the text at the stop string that completes first in what was appended at `begin`, if any."""
+        """Cut the text at the stop string that completes first in what was appended at `begin`, if
+        any.
+        """
         if len(request.output_token_ids) <= request.params.min_tokens or begin == len(request.text):
             return False
         matches = []

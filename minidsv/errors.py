@@ -1,4 +1,6 @@
-"""The errors minidsv raises at its users. Each message names the field, its value and what is accepted."""
+"""The errors minidsv raises at its users. Each message names the field, its value and what is
+accepted.
+"""
 
 
 class MinidsvError(ValueError):

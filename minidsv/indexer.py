@@ -1,11 +1,13 @@
-"""The lightning indexer: picks the K cached tokens that each query attends to (DeepSeek Sparse Attention).
+"""The lightning indexer: picks the K cached tokens that each query attends to (DeepSeek Sparse
+Attention).
 
     q_j = rope((W_wq_b qr)_j)    k = rope(LayerNorm(W_wk x))    w_j = (W_weights_proj x)_j * H^-0.5
     I(t, s) = sum_j w_j(t) relu(q_j(t) . k(s) * D^-0.5)         the K largest s <= t
 
-qr is the *normalised* query latent. RoPE covers the first qk_rope_head_dim of the D dims: half-split for DeepSeek,
-interleaved for GLM. With an fp8 cache q and k are rotated by the Hadamard matrix and quantised, and q's scale is folded
-into w: the deployed form of DeepSeek's demo. DeepSeek-V3.2-Exp report, section 2; model-spec 4.
+qr is the *normalised* query latent. RoPE covers the first qk_rope_head_dim of the D dims:
+half-split for DeepSeek, interleaved for GLM. With an fp8 cache q and k are rotated by the Hadamard
+matrix and quantised, and q's scale is folded into w: the deployed form of DeepSeek's demo.
+DeepSeek-V3.2-Exp report, section 2; model-spec 4.
 """
 
 import torch
@@ -28,7 +30,9 @@ _CHUNK_ELEMENTS = 1 << 26  # scores of all heads held at a time: 256 MiB of fp32
 def apply_q_scale_and_softmax_scale(
     weights: Tensor, q_scale: Tensor, softmax_scale: float
 ) -> Tensor:
-    """Fold q's FP8 scales into the head gates: weights [T, H], q_scale [T, H, 1] -> fp32 [T, H] (SGLang PR 23965)."""
+    """Fold q's FP8 scales into the head gates: weights [T, H], q_scale [T, H, 1] -> fp32 [T, H]
+    (SGLang PR 23965).
+    """
     return (weights.unsqueeze(-1) * q_scale * softmax_scale).squeeze(-1)
 
 

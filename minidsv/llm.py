@@ -55,9 +55,11 @@ class RequestOutput:
 
 
 class LLM:
-    """A model ready to generate. Options are those of `EngineConfig`; an unknown one is a ConfigError.
+    """A model ready to generate. Options are those of `EngineConfig`; an unknown one is a
+    ConfigError.
 
-    >>> LLM().generate("Question: What is the chemical symbol of iron?\\nAnswer:")[0].outputs[0].text
+    >>> LLM().generate("Question: What is the chemical symbol of
+    iron?\\nAnswer:")[0].outputs[0].text
     """
 
     def __init__(self, model: str | None = None, **options: Any):
@@ -80,9 +82,10 @@ class LLM:
     ) -> list[RequestOutput]:
         """Generate for one prompt or many; outputs come in the prompts' order.
 
-        prompts: a string, a list of strings, a list of token ids, or a list of such lists (strings get the tokenizer's
-        BOS, token ids are taken as they are). sampling_params: one for all, or one a prompt. on_output sees every step's
-        output as it comes. Raises RequestError before anything runs if any prompt cannot be served.
+        prompts: a string, a list of strings, a list of token ids, or a list of such lists (strings
+        get the tokenizer's BOS, token ids are taken as they are). sampling_params: one for all, or
+        one a prompt. on_output sees every step's output as it comes. Raises RequestError before
+        anything runs if any prompt cannot be served.
         """
         engine = self.engine
         requests = self._requests(prompts, sampling_params)

@@ -1,10 +1,11 @@
 """Multi-head latent attention, absorbed: decode and prefill alike attend over cached latents.
 
     qr = rms(W_q_a x)    [q_nope | q_pe] = W_q_b qr    [ckv | k_pe] = W_kv_a x    ckv = rms(ckv)
-    cache row = [ckv | rope(k_pe)]        q_latent = q_nope W_UK        o = W_UV (attention over the indexer's slots)
+    cache row = [ckv | rope(k_pe)]        q_latent = q_nope W_UK        o = W_UV (attention over the
+    indexer's slots)
 
-W_UK and W_UV are the two halves of each head's rows of kv_b_proj. RoPE is interleaved in both families. DeepSeek-V2 report
-(arXiv 2405.04434), section 2.1; model-spec 2.
+W_UK and W_UV are the two halves of each head's rows of kv_b_proj. RoPE is interleaved in both
+families. DeepSeek-V2 report (arXiv 2405.04434), section 2.1; model-spec 2.
 """
 
 import torch
@@ -45,10 +46,12 @@ class MLA:
         topk_indices: Tensor | None,
         dense: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """x [T, hidden] -> (attention output [T, hidden], the slots attended to, for the shared layers that follow).
+        """x [T, hidden] -> (attention output [T, hidden], the slots attended to, for the shared
+        layers that follow).
 
-        topk_indices: the previous full layer's slots [T, K], used if this layer owns no indexer. dense: every visible
-        slot [T, S] if no token sees more than index_topk keys; then nothing is scored.
+        topk_indices: the previous full layer's slots [T, K], used if this layer owns no indexer.
+        dense: every visible slot [T, S] if no token sees more than index_topk keys; then nothing is
+        scored.
         """
         c = self.config
         qr = self.q_a_layernorm(self.q_a_proj(x))

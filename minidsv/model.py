@@ -26,7 +26,9 @@ class DecoderLayer:
 
 
 class DeepseekV32:
-    """A model over its caches: `forward` runs one step of any mix of prefill chunks and decode tokens."""
+    """A model over its caches: `forward` runs one step of any mix of prefill chunks and decode
+    tokens.
+    """
 
     def __init__(
         self, config: ModelConfig, weights: dict[str, Weight], cache: KVCache, max_model_len: int
@@ -47,7 +49,8 @@ class DeepseekV32:
     def forward(self, step: StepBatch) -> tuple[Tensor, Tensor]:
         """Compute the step's tokens, filling their cache slots.
 
-        Returns (hidden after model.norm [L, hidden], logits fp32 [L, vocab]) of the L tokens of `step.logits_index`.
+        Returns (hidden after model.norm [L, hidden], logits fp32 [L, vocab]) of the L tokens of
+        `step.logits_index`.
         """
         eps = self.config.rms_norm_eps
         rope = self.rope.at(step.positions)

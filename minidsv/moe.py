@@ -1,4 +1,6 @@
-"""The mixture of experts: y = sum over the routed experts + the shared expert, summed in fp32 and rounded once."""
+"""The mixture of experts: y = sum over the routed experts + the shared expert, summed in fp32 and
+rounded once.
+"""
 
 from torch import Tensor
 

@@ -1,4 +1,6 @@
-"""Random weights in the official layout: for `load_format="random"` and `scripts/make_random_checkpoint.py`."""
+"""Random weights in the official layout: for `load_format="random"` and
+`scripts/make_random_checkpoint.py`.
+"""
 
 from collections.abc import Iterator
 
@@ -13,10 +15,12 @@ from minidsv.tensor_table import TensorSpec, tensor_table
 def random_tensors(
     config: ModelConfig, *, seed: int, fp8: bool, device: torch.device
 ) -> Iterator[tuple[str, TensorSpec, Tensor, Tensor | None]]:
-    """Yield (name, spec, data, scale) for every tensor of the name table, reproducibly for one device type.
+    """Yield (name, spec, data, scale) for every tensor of the name table, reproducibly for one
+    device type.
 
-    Matrices are N(0, 1/fan_in) so that activations keep their size, gains are near 1, biases near 0. Linears come as FP8
-    with power-of-two block scales if `fp8`, else BF16; gains and biases FP32; the rest BF16, as in DeepSeek-V3.2.
+    Matrices are N(0, 1/fan_in) so that activations keep their size, gains are near 1, biases near
+    0. Linears come as FP8 with power-of-two block scales if `fp8`, else BF16; gains and biases
+    FP32; the rest BF16, as in DeepSeek-V3.2.
     """
     generator = torch.Generator(device).manual_seed(seed)
     for name, spec in tensor_table(config).items():

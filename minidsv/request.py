@@ -1,4 +1,6 @@
-"""SamplingParams and Request: what a caller asks for, and how far the engine has come with it. No torch in here."""
+"""SamplingParams and Request: what a caller asks for, and how far the engine has come with it. No
+torch in here.
+"""
 
 import enum
 import math
@@ -13,17 +15,22 @@ SEED_BITS = 63
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to choose tokens, and when to stop. Names and meanings follow vLLM's; raises RequestError on bad values.
+    """How to choose tokens, and when to stop. Names and meanings follow vLLM's; raises RequestError
+    on bad values.
 
     max_tokens      most tokens to generate; None: as many as the context holds
     temperature     0 is greedy
-    top_p, top_k    keep the smallest set of tokens whose probability reaches top_p / the top_k best (0: all)
-    seed            draws depend on (seed, output position) alone; None: taken from the engine's seed and a counter
-    stop            strings that end the text, before them (one string or a list); they may cross tokens
+    top_p, top_k    keep the smallest set of tokens whose probability reaches top_p / the top_k best
+                    (0: all)
+    seed            draws depend on (seed, output position) alone; None: taken from the engine's
+                    seed and a counter
+    stop            strings that end the text, before them (one string or a list); they may cross
+                    tokens
     stop_token_ids  tokens that end the text, beside the model's EOS
     ignore_eos      go on past EOS
     min_tokens      before so many tokens neither EOS, stop tokens nor stop strings end the text
-    logprobs        report this many best tokens at each output position, plus the sampled one (None: nothing)
+    logprobs        report this many best tokens at each output position, plus the sampled one
+                    (None: nothing)
     prompt_logprobs the same for each prompt position but the first
     """
 
@@ -98,7 +105,7 @@ class Status(enum.Enum):
 
 @dataclass(frozen=True)
 class Logprob:
-    """Natural-log probability of a token under the model's raw logits; rank 1 is the most probable."""
+    """Natural-log probability of a token under the raw logits; rank 1 is the most probable."""
 
     logprob: float
     rank: int

@@ -1,4 +1,6 @@
-"""`resolve`: settle every "auto" of an EngineConfig once, and refuse by name what this device cannot do."""
+"""`resolve`: settle every "auto" of an EngineConfig once, and refuse by name what this device
+cannot do.
+"""
 
 import os
 from dataclasses import replace
@@ -12,7 +14,9 @@ from minidsv.kernels.quant import BLOCK
 
 
 def resolve(config: EngineConfig, model: ModelConfig) -> EngineConfig:
-    """Settle every "auto" and refuse, by name, what this device cannot do; num_pages is left to the runner."""
+    """Settle every "auto" and refuse, by name, what this device cannot do; num_pages is left to the
+    runner.
+    """
     device = _device(config.device)
     on_cpu = device == "cpu"
     _refuse_unbuilt(config)
@@ -20,6 +24,7 @@ def resolve(config: EngineConfig, model: ModelConfig) -> EngineConfig:
     auto_kv, auto_index = (
         ("float32",) * 2 if on_cpu else ("bfloat16", "fp8" if fp8_keys else "bfloat16")
     )
+    max_model_len = config.max_model_len or model.max_position_embeddings
     resolved = replace(
         config,
         device=device,
@@ -29,13 +34,13 @@ def resolve(config: EngineConfig, model: ModelConfig) -> EngineConfig:
         pdl="off",
         cuda_graph="off",
         backend="torch",
-        max_model_len=config.max_model_len or model.max_position_embeddings,
+        max_model_len=max_model_len,
     )
     _check_cache_dtypes(resolved, model)
-    if resolved.max_model_len > model.max_position_embeddings:
+    if max_model_len > model.max_position_embeddings:
         raise ConfigError(
-            f"max_model_len: {resolved.max_model_len} is more than the model's max_position_embeddings "
-            f"{model.max_position_embeddings}"
+            f"max_model_len: {max_model_len} is more than the model's "
+            f"max_position_embeddings {model.max_position_embeddings}"
         )
     return resolved
 
@@ -74,13 +79,13 @@ def _refuse_unbuilt(config: EngineConfig) -> None:
 def _check_cache_dtypes(config: EngineConfig, model: ModelConfig) -> None:
     if config.kv_cache_dtype == "fp8" and model.kv_lora_rank % BLOCK:
         raise ConfigError(
-            f"kv_cache_dtype: 'fp8' needs a kv_lora_rank that is a multiple of {BLOCK}, this model has "
-            f"{model.kv_lora_rank}; accepted here: 'float32', 'bfloat16', 'fp8_flat'"
+            f"kv_cache_dtype: 'fp8' needs a kv_lora_rank that is a multiple of {BLOCK}, this "
+            f"model has {model.kv_lora_rank}; accepted here: 'float32', 'bfloat16', 'fp8_flat'"
         )
     if config.index_cache_dtype == "fp8" and model.index_head_dim != BLOCK:
         raise ConfigError(
-            f"index_cache_dtype: 'fp8' needs index_head_dim {BLOCK}, this model has {model.index_head_dim}; "
-            "accepted here: 'float32', 'bfloat16'"
+            f"index_cache_dtype: 'fp8' needs index_head_dim {BLOCK}, this model has "
+            f"{model.index_head_dim}; accepted here: 'float32', 'bfloat16'"
         )
 
 

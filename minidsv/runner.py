@@ -1,4 +1,4 @@
-"""ModelRunner: owns the model and its caches, turns scheduled chunks into a StepBatch, and runs it."""
+"""ModelRunner: the model and its caches; turns scheduled chunks into a StepBatch and runs it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,6 @@ from minidsv.engine_config import EngineConfig
 from minidsv.errors import ConfigError
 from minidsv.kv_cache import KVCache, bytes_per_token
 from minidsv.model import DeepseekV32
-from minidsv.request import Request
 from minidsv.resolve import free_memory
 from minidsv.sampler import SamplingBatch, sample
 from minidsv.scheduler import Chunk
@@ -76,7 +75,9 @@ class ModelRunner:
         return min(config.max_num_seqs * pages_for(max_model_len), affordable)
 
     def execute(self, chunks: Sequence[Chunk]) -> StepResult:
-        """Compute the chunks, choose a token for each that samples, and bring the result to the host."""
+        """Compute the chunks, choose a token for each that samples, and bring the result to the
+        host.
+        """
         rows = _LogitRows.of(chunks)
         _, logits = self.model.forward(self.prepare(chunks, rows.tokens))
         requests = [chunk.request for chunk in chunks if chunk.samples]
@@ -140,7 +141,9 @@ class ModelRunner:
 
 @dataclass
 class _LogitRows:
-    """Which tokens of a step need logits: each sampling chunk's last, and the prompt's for prompt_logprobs."""
+    """Which tokens of a step need logits: each sampling chunk's last, and the prompt's for
+    prompt_logprobs.
+    """
 
     tokens: list[int]  # index of the token in the flat batch, one a row
     sampling: list[int]  # rows that choose a token
@@ -162,7 +165,9 @@ class _LogitRows:
 
 
 def _predicted_prompt_positions(chunk: Chunk) -> range:
-    """Prompt positions whose logprobs this chunk gives and that are not known yet (they are after a preemption)."""
+    """Prompt positions whose logprobs this chunk gives and that are not known yet (they are after a
+    preemption).
+    """
     request = chunk.request
     if request.params.prompt_logprobs is None:
         return range(0)
@@ -171,7 +176,9 @@ def _predicted_prompt_positions(chunk: Chunk) -> range:
 
 
 def row_logprobs(logits: Tensor, taken: Tensor | int, count: int) -> RowLogprobs:
-    """The `count` best tokens of one row of raw logits [vocab], and `taken`, from the same fp32 values."""
+    """The `count` best tokens of one row of raw logits [vocab], and `taken`, from the same fp32
+    values.
+    """
     values = logits.log_softmax(-1)
     token = int(taken)
     own = values[token]

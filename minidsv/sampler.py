@@ -1,10 +1,11 @@
 """Choosing the next token: greedy, or a counter-based draw, without synchronising the host.
 
-    token = argmax over the kept tokens of  logits / temperature + G,    G = Gumbel(hash(seed, position, token id))
+    token = argmax over the kept tokens of  logits / temperature + G,    G = Gumbel(hash(seed,
+    position, token id))
 
-which draws from softmax(logits / temperature) over the kept tokens. G depends on (seed, output position, token id) only, so a
-draw is the same whatever the row, the batch or the device. top_k is applied before top_p; both keep a boundary tie's
-lowest token ids.
+which draws from softmax(logits / temperature) over the kept tokens. G depends on (seed, output
+position, token id) only, so a draw is the same whatever the row, the batch or the device. top_k is
+applied before top_p; both keep a boundary tie's lowest token ids.
 """
 
 from collections.abc import Sequence
@@ -97,7 +98,7 @@ def sample(logits: Tensor, batch: SamplingBatch) -> Tensor:
 
 
 def keep_top(scores: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """Set all but each row's top_k best, then all but the smallest set that reaches top_p, to -inf."""
+    """Keep each row's top_k best, then the smallest set that reaches top_p; the rest is -inf."""
     ordered, ids = scores.sort(dim=-1, descending=True, stable=True)
     ranks = torch.arange(scores.shape[1], device=scores.device)
     ordered = ordered.masked_fill(ranks >= top_k.unsqueeze(1), float("-inf"))

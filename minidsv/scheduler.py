@@ -1,8 +1,10 @@
-"""Scheduler: which tokens of which requests run in the next step. Pure Python; first come, first served.
+"""Scheduler: which tokens of which requests run in the next step. Pure Python; first come, first
+served.
 
-A step mixes decode tokens and prefill chunks under one token budget. A request is only ever behind by
-`num_tokens - num_computed_tokens`: one for a decoding request, many for a new or a preempted one, so the same loop serves
-all. When pages run out the newest running request is preempted: it loses its pages and is computed again later.
+A step mixes decode tokens and prefill chunks under one token budget. A request is only ever behind
+by `num_tokens - num_computed_tokens`: one for a decoding request, many for a new or a preempted
+one, so the same loop serves all. When pages run out the newest running request is preempted: it
+loses its pages and is computed again later.
 """
 
 from collections import deque
@@ -59,7 +61,9 @@ class Scheduler:
         request.status = Status.FINISHED
 
     def schedule(self) -> list[Chunk]:
-        """Chunks of the next step, running requests first; pages for them are allocated. Empty only without work."""
+        """Chunks of the next step, running requests first; pages for them are allocated. Empty only
+        without work.
+        """
         budget = _Budget(self.max_num_batched_tokens, MAX_LOGIT_ROWS)
         chunks: list[Chunk] = []
         preempted = False

@@ -1,7 +1,9 @@
-"""The name table: every tensor of an official checkpoint, its shape, what may hold it, and the parameter it fills.
+"""The name table: every tensor of an official checkpoint, its shape, what may hold it, and the
+parameter it fills.
 
-Names and shapes follow deepseek-ai/DeepSeek-V3.2 and zai-org/GLM-5.x (model-spec section 8). A parameter may be filled
-by several tensors: gate and up are halves of one `gate_up_proj`, the experts of a layer are stacked.
+Names and shapes follow deepseek-ai/DeepSeek-V3.2 and zai-org/GLM-5.x (model-spec section 8). A
+parameter may be filled by several tensors: gate and up are halves of one `gate_up_proj`, the
+experts of a layer are stacked.
 """
 
 from collections.abc import Iterator
@@ -18,9 +20,10 @@ Shard = Literal["none", "rows", "cols", "expert"]
 class TensorSpec:
     """One tensor of the checkpoint.
 
-    kind   linear: FP8 blocks or a float dtype · dense: a float dtype, held in the compute dtype · gain: a float dtype,
-           held in fp32 · latent_up (kv_b_proj): stored like a linear, but always dequantised, since a head's rows need
-           not start on a 128-row block (GLM: 448 rows a head)
+    kind   linear: FP8 blocks or a float dtype · dense: a float dtype, held in the compute dtype ·
+           gain: a float dtype, held in fp32 · latent_up (kv_b_proj): stored like a linear, but
+           always dequantised, since a head's rows need not start on a 128-row block (GLM: 448 rows
+           a head)
     shard  how tensor or expert parallelism will cut it
     """
 

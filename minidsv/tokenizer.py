@@ -1,4 +1,6 @@
-"""Text to tokens by transformers' AutoTokenizer, and tokens to text one at a time by tokenizers' DecodeStream."""
+"""Text to tokens by transformers' AutoTokenizer, and tokens to text one at a time by tokenizers'
+DecodeStream.
+"""
 
 import json
 from pathlib import Path
@@ -21,20 +23,22 @@ class Tokenizer:
         from transformers import AutoTokenizer
 
         try:
-            self._hf = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+            hf = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(
                 f"{folder}: no tokenizer that transformers can load: {error}"
             ) from None
-        if not self._hf.is_fast:
+        if not hf.is_fast:
             raise CheckpointError(f"{folder}: no tokenizer.json; a fast tokenizer is needed")
-        self.backend = self._hf.backend_tokenizer
-        self.size = len(self._hf)
+        self.backend = hf.backend_tokenizer
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        self.size = len(hf)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, with the special tokens that the tokenizer adds (BOS)."""
         try:
-            return list(self._hf(text, add_special_tokens=True)["input_ids"])
+            return self.backend.encode(text).ids
         except (TypeError, UnicodeEncodeError):
             raise RequestError("prompt", "not valid Unicode text (a lone surrogate?)") from None
 
@@ -56,9 +60,11 @@ class Tokenizer:
 
 
 class DetokenizerStream:
-    """Text of a growing sequence: each `push` returns what the new token completes, `flush` what never completed.
+    """Text of a growing sequence: each `push` returns what the new token completes, `flush` what
+    never completed.
 
-    The pieces join to the decoding of all tokens; bytes of an unfinished character appear, as U+FFFD, in `flush` only.
+    The pieces join to the decoding of all tokens; bytes of an unfinished character appear, as
+    U+FFFD, in `flush` only.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_token_ids: list[int]):

@@ -1,0 +1,1 @@
+"""The HTTP server: FastAPI over an engine thread."""

@@ -1,0 +1,162 @@
+"""The command line: `minidsv generate | serve | inspect`. torch and transformers are imported by
+the commands alone.
+"""
+
+import functools
+import inspect
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from minidsv import __version__
+from minidsv.engine_config import EngineConfig
+from minidsv.errors import MinidsvError
+from minidsv.request import SamplingParams
+
+if TYPE_CHECKING:
+    from minidsv.engine import StepOutput
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="A miniature DeepSeek-V3.2 decode engine.",
+)
+
+
+def engine_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give `command` one option for each field of EngineConfig, handed to it as the mapping
+    `engine`.
+    """
+    options = fields(EngineConfig)
+
+    @functools.wraps(command)
+    def wrapper(**arguments: Any) -> None:
+        command(engine={o.name: arguments.pop(o.name) for o in options}, **arguments)
+
+    signature = inspect.signature(command)
+    parameters = [p for p in signature.parameters.values() if p.name != "engine"]
+    for option in options:
+        choices = option.metadata["choices"]
+        kind = Literal[choices] if choices else option.type
+        parameters.append(
+            inspect.Parameter(
+                option.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=option.default,
+                annotation=Annotated[kind, typer.Option(help=option.metadata["help"])],
+            )
+        )
+    wrapper.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
+    return wrapper
+
+
+@app.command()
+@engine_options
+def generate(
+    prompt: Annotated[str, typer.Argument(help="the prompt; - reads standard input")],
+    *,
+    engine: dict[str, Any],
+    max_tokens: Annotated[int, typer.Option(help="most tokens to generate")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="keep the smallest set with this probability")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="keep this many tokens; 0: all")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="end before it; repeatable")] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="go on past EOS")] = False,
+    min_tokens: Annotated[int, typer.Option(help="do not end before so many tokens")] = 0,
+) -> None:
+    """Continue PROMPT, streaming to standard output; figures go to standard error."""
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        stop=stop or None,
+        ignore_eos=ignore_eos,
+        min_tokens=min_tokens,
+    )
+    from minidsv.llm import LLM
+
+    llm = LLM(**engine)
+    times = [time.perf_counter()]
+
+    def on_output(output: "StepOutput") -> None:
+        times.append(time.perf_counter())
+        print(output.text, end="", flush=True)
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    result = llm.generate(text, params, on_output)[0]
+    print()
+    first, total, count = times[1] - times[0], times[-1] - times[0], len(times) - 1
+    rate = f", then {(count - 1) / (total - first):.1f} tokens/s" if count > 1 else ""
+    print(
+        f"[{len(result.prompt_token_ids)} prompt tokens, {count} generated "
+        f"({result.outputs[0].finish_reason}); first after {first:.3f} s{rate}]",
+        file=sys.stderr,
+    )
+
+
+@app.command()
+@engine_options
+def serve(
+    *,
+    engine: dict[str, Any],
+    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="port to listen on")] = 8000,
+) -> None:
+    """Serve POST /generate and GET /health over HTTP."""
+    from minidsv.server.app import run
+
+    run(EngineConfig(**engine), host, port)
+
+
+@app.command("inspect")
+def inspect_command(
+    path: Annotated[Path, typer.Argument(help="a checkpoint folder or a config.json")],
+    batch: Annotated[int, typer.Option(min=1, help="requests in the decode step")] = 1,
+    context: Annotated[int, typer.Option(min=1, help="tokens of context")] = 4096,
+    gpu: Annotated[str, typer.Option(help="A100, H100, H200 or B200")] = "H100",
+    weights: Annotated[Literal["fp8", "bf16"], typer.Option(help="weights' format")] = "fp8",
+    kv_cache_dtype: Annotated[
+        Literal["float32", "bfloat16", "fp8", "fp8_flat"], typer.Option(help="latent cache")
+    ] = "fp8",
+    index_cache_dtype: Annotated[
+        Literal["float32", "bfloat16", "fp8"], typer.Option(help="indexer cache")
+    ] = "fp8",
+) -> None:
+    """Show a model's dimensions, its cache bytes a token, and the roofline of a decode step."""
+    from rich.console import Console
+
+    from minidsv.inspect_checkpoint import show
+
+    show(
+        path,
+        batch=batch,
+        context=context,
+        gpu=gpu,
+        weights=weights,
+        kv_cache_dtype=kv_cache_dtype,
+        index_cache_dtype=index_cache_dtype,
+        console=Console(),
+    )
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    print(__version__)
+
+
+def main() -> None:
+    """Run the command line; bad input ends with one line on standard error and exit code 2."""
+    try:
+        app()
+    except MinidsvError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,141 @@
+"""`minidsv inspect`: what a checkpoint or a config.json is, what its caches take, and its roofline
+card.
+"""
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from minidsv.checkpoint import Checkpoint
+from minidsv.config import ModelConfig
+from minidsv.errors import ConfigError
+from minidsv.kv_cache import bytes_per_token, index_bytes, latent_bytes
+from minidsv.roofline import GPUS, decode_cost, distinct_experts, spec_bytes, step_seconds
+from minidsv.tensor_table import tensor_table
+
+_CACHES = [
+    ("float32", "float32"),
+    ("bfloat16", "bfloat16"),
+    ("bfloat16", "fp8"),
+    ("fp8", "fp8"),
+    ("fp8_flat", "fp8"),
+]
+
+
+def show(
+    path: Path,
+    *,
+    batch: int,
+    context: int,
+    gpu: str,
+    weights: str,
+    kv_cache_dtype: str,
+    index_cache_dtype: str,
+    console: Console,
+) -> None:
+    """Print the card; a folder with weights is also checked against its config. Raises ConfigError,
+    CheckpointError.
+    """
+    if gpu not in GPUS:
+        raise ConfigError(f"gpu: {gpu!r} is not one of {sorted(GPUS)}")
+    config = ModelConfig.from_path(path)
+    console.print(_summary(path, config))
+    if path.is_dir():
+        count = len(Checkpoint(path, config).table)
+        console.print(f"files: all {count} tensors are there, with the right shapes and dtypes\n")
+    console.print(_caches(config))
+    console.print(
+        _card(config, batch, context, gpu, weights == "fp8", kv_cache_dtype, index_cache_dtype)
+    )
+
+
+def _summary(path: Path, c: ModelConfig) -> str:
+    table = tensor_table(c)
+    parameters = sum(_count(spec.shape) for spec in table.values())
+    per_token = parameters - sum(
+        _count(spec.shape) * (1 - c.num_experts_per_tok / c.n_routed_experts)
+        for name, spec in table.items()
+        if ".experts." in name
+    )
+    fp8, bf16 = (sum(spec_bytes(spec, mode) for spec in table.values()) for mode in (True, False))
+    shared = c.indexer_types.count("shared")
+    return f"""\
+{path}: {c.model_type}, {parameters / 1e9:.3f} B parameters, {per_token / 1e9:.3f} B used by a token
+layers: {c.num_hidden_layers} ({c.first_k_dense_replace} dense; {shared} share an indexer's choice), \
+hidden {c.hidden_size}, vocabulary {c.vocab_size}, context {c.max_position_embeddings}
+attention: {c.num_attention_heads} heads, nope/rope/v \
+{c.qk_nope_head_dim}/{c.qk_rope_head_dim}/{c.v_head_dim}, latent {c.kv_lora_rank}
+indexer: {c.index_n_heads} heads of {c.index_head_dim}, top {c.index_topk}
+experts: {c.n_routed_experts} routed, {c.num_experts_per_tok} a token, {c.n_shared_experts} shared, \
+{c.n_group} groups (best {c.topk_group} kept)
+tensors: {len(table)}; {fp8 / 1e9:.3f} GB as FP8, {bf16 / 1e9:.3f} GB as BF16 (no MTP layer)"""
+
+
+def _caches(config: ModelConfig) -> Table:
+    table = Table(title="Cache bytes a token")
+    for heading in (
+        "kv_cache_dtype",
+        "index_cache_dtype",
+        "latent / layer",
+        "index / layer",
+        "all layers",
+    ):
+        table.add_column(heading, justify="right")
+    for kv, index in _CACHES:
+        if (kv == "fp8" and config.kv_lora_rank % 128) or (
+            index == "fp8" and config.index_head_dim != 128
+        ):
+            continue
+        numbers = (
+            latent_bytes(config, kv),
+            index_bytes(config, index),
+            bytes_per_token(config, kv, index),
+        )
+        table.add_row(kv, index, *(f"{n:,}" for n in numbers))
+    return table
+
+
+def _card(
+    config: ModelConfig, batch: int, context: int, gpu: str, fp8: bool, kv: str, index: str
+) -> Table:
+    costs = decode_cost(
+        config,
+        batch=batch,
+        context=context,
+        fp8_weights=fp8,
+        kv_cache_dtype=kv,
+        index_cache_dtype=index,
+    )
+    peak = GPUS[gpu]
+    seconds = step_seconds(costs, peak)
+    table = Table(
+        title=f"A decode step: batch {batch}, context {context}, {'FP8' if fp8 else 'BF16'} weights, "
+        f"{kv} latent and {index} indexer cache, on {gpu} ({peak.bandwidth / 1e12:.2f} TB/s)",
+        caption=f"floor {seconds * 1e6:,.0f} us a step, {batch / seconds:,.0f} tokens/s; "
+        f"{distinct_experts(config, batch):.1f} distinct experts a layer (uniform routing)",
+    )
+    for heading in ("part", "MB", "GFLOP", "us at peak bandwidth"):
+        table.add_column(heading, justify="left" if heading == "part" else "right")
+    for cost in costs:
+        table.add_row(
+            cost.part,
+            f"{cost.bytes / 1e6:,.2f}",
+            f"{cost.flops / 1e9:,.2f}",
+            f"{cost.bytes / peak.bandwidth * 1e6:,.1f}",
+        )
+    total = sum(c.bytes for c in costs), sum(c.flops for c in costs)
+    table.add_row(
+        "all",
+        f"{total[0] / 1e6:,.2f}",
+        f"{total[1] / 1e9:,.2f}",
+        f"{total[0] / peak.bandwidth * 1e6:,.1f}",
+    )
+    return table
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
