@@ -1,0 +1,38 @@
+"""Fixtures: one small checkpoint a family, written by transformers once a session."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+torch.set_num_threads(1)  # the models are tiny: a second thread costs more than it brings
+
+from builders import hf_model, save, use_rms_norm_eps_for_latents  # noqa: E402
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    devices = torch.cuda.device_count()
+    for item in items:
+        for marker, needed in (("gpu", 1), ("multi_gpu", 2)):
+            if item.get_closest_marker(marker) and devices < needed:
+                item.add_marker(pytest.mark.skip(reason=f"needs {needed} CUDA devices"))
+
+
+@pytest.fixture(scope="session")
+def hf_models() -> dict[str, Any]:
+    """transformers' models by family; GLM's latent norms use rms_norm_eps, as ours do by default."""
+    models = {family: hf_model(family) for family in ("dsv32", "glm")}
+    use_rms_norm_eps_for_latents(models["glm"])
+    return models
+
+
+@pytest.fixture(scope="session")
+def checkpoints(
+    hf_models: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """Checkpoint folders of `hf_models`."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    return {family: save(model, root / family) for family, model in hf_models.items()}

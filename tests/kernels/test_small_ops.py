@@ -1,0 +1,154 @@
+"""Norms, RoPE, router, linear and experts against their formulas written out."""
+
+import math
+
+import pytest
+import torch
+from compare import assert_close
+
+from minidsv.config import RopeConfig
+from minidsv.kernels.gemm import gate_gemm, linear
+from minidsv.kernels.moe import routed_experts, swiglu_mlp
+from minidsv.kernels.norm import add_rms_norm, layer_norm, rms_norm
+from minidsv.kernels.quant import dequantize_fp8_blocks, quantize_fp8_blocks
+from minidsv.kernels.rope import apply_rope
+from minidsv.kernels.router import grouped_topk
+from minidsv.rope import RopeTable, inv_freq
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms(dtype: torch.dtype) -> None:
+    x, residual = randn(7, 96).to(dtype), randn(7, 96, seed=1).to(dtype)
+    weight, bias = randn(96, seed=2), randn(96, seed=3)
+    tol = "fp32" if dtype == torch.float32 else "bf16"
+    wide = x.double()
+    want = wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight
+    assert_close("rms", rms_norm(x, weight, 1e-5), want.to(dtype), tol)
+    centred = wide - wide.mean(-1, keepdim=True)
+    want = centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight + bias
+    assert_close("layer", layer_norm(x, weight, bias, 1e-6), want.to(dtype), tol)
+    normed, total = add_rms_norm(x, residual, weight, 1e-5)
+    assert_close(
+        "sum", total, (wide + residual.double()).to(dtype), "exact" if tol == "fp32" else tol
+    )
+    unrounded = x.float() + residual.float()
+    assert torch.equal(normed, rms_norm(unrounded, weight, 1e-5).to(dtype))
+
+
+def test_yarn_frequencies() -> None:
+    """The check values of model-spec 3.1 (DeepSeek-V3.2)."""
+    deepseek = RopeConfig(1e4, 40.0, 4096, 32, 1, 1.0, 1.0)
+    freq = inv_freq(deepseek, 64)
+    want = {0: 1, 10: 5.623413e-2, 11: 3.900693e-2, 16: 5.5e-3, 17: 3.561997e-3, 20: 7.905694e-4}
+    want |= {22: 1.778279e-4, 23: 3.333804e-5, 31: 3.333804e-6}
+    for pair, value in want.items():
+        assert float(freq[pair]) == pytest.approx(value, rel=1e-6)
+    assert deepseek.cos_sin_scale == 1.0
+    assert 192**-0.5 * deepseek.softmax_scale == pytest.approx(0.1352337788608801, rel=1e-12)
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_rope_layouts(interleaved: bool) -> None:
+    table = RopeTable(RopeConfig(1e4), 8, 100, torch.device("cpu"))
+    positions = torch.tensor([0, 1, 99])
+    x = randn(3, 2, 8)
+    got = apply_rope(x, *table.at(positions), interleaved)
+    for t, position in enumerate(positions.tolist()):
+        for i in range(4):
+            a, b = (2 * i, 2 * i + 1) if interleaved else (i, i + 4)
+            angle = position * 1e4 ** (-i / 4)
+            c, s = math.cos(angle), math.sin(angle)
+            want_a = x[t, :, a] * c - x[t, :, b] * s
+            want_b = x[t, :, a] * s + x[t, :, b] * c
+            assert_close("pair", got[t][:, [a, b]], torch.stack((want_a, want_b), -1), "fp32")
+
+
+def test_rope_layouts_choose_different_keys() -> None:
+    cos, sin = RopeTable(RopeConfig(1e4), 64, 64, torch.device("cpu")).at(torch.arange(64))
+    x = randn(64, 64)
+    assert not torch.allclose(
+        apply_rope(x, cos, sin, True), apply_rope(x, cos, sin, False), atol=1.0
+    )
+
+
+@pytest.mark.parametrize(("n_group", "topk_group"), [(1, 1), (4, 2), (8, 4)])
+@pytest.mark.parametrize("norm", [True, False])
+def test_router(n_group: int, topk_group: int, norm: bool) -> None:
+    logits, bias = (
+        randn(20, 64),
+        randn(64, seed=1) * 0.3 - 2.0,
+    )  # negative biased scores: -inf, not 0
+    weights, ids = grouped_topk(
+        logits,
+        bias,
+        top_k=6,
+        n_group=n_group,
+        topk_group=topk_group,
+        norm_topk_prob=norm,
+        routed_scaling_factor=2.5,
+    )
+    size = 64 // n_group
+    for t in range(20):
+        scores = logits[t].sigmoid()
+        biased = (scores + bias).tolist()
+        groups = [sorted(biased[g * size : (g + 1) * size])[-2:] for g in range(n_group)]
+        kept = sorted(range(n_group), key=lambda g: -sum(groups[g]))[:topk_group]
+        allowed = [e for e in range(64) if n_group == 1 or e // size in kept]
+        want = sorted(allowed, key=lambda e: -biased[e])[:6]
+        assert sorted(ids[t].tolist()) == sorted(want)
+        chosen = scores[ids[t]]
+        share = chosen / chosen.sum() if norm else chosen
+        assert_close("weights", weights[t], share * 2.5, "fp32")
+
+
+def test_router_ties_take_the_lowest_expert() -> None:
+    options = {"top_k": 2, "n_group": 2, "topk_group": 1, "norm_topk_prob": True}
+    _, ids = grouped_topk(torch.zeros(1, 8), torch.zeros(8), **options, routed_scaling_factor=1.0)
+    assert ids.tolist() == [[0, 1]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear_with_fp8_weights(dtype: torch.dtype) -> None:
+    x, weight = randn(5, 200).to(dtype), randn(576, 200, seed=1)
+    q, scale = quantize_fp8_blocks(weight, ue8m0=False)
+    exact = x.double() @ dequantize_fp8_blocks(q, scale).double().T
+    tol = "fp32_logits" if dtype == torch.float32 else "bf16"
+    assert_close("against dequantised", linear(x, q, scale), exact.to(dtype), tol)
+    full = (x.double() @ weight.double().T).float()
+    assert (linear(x, q, scale).float() - full).norm() / full.norm() < 0.04
+    assert gate_gemm(x, weight).dtype == torch.float32
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_routed_experts(fp8: bool) -> None:
+    experts, hidden, inner = 6, 64, 32
+    gate_up, down = randn(experts, 2, inner, hidden) / 8, randn(experts, hidden, inner, seed=1) / 8
+    scales: list[torch.Tensor | None] = [None, None]
+    if fp8:
+        gate_up, scales[0] = quantize_stack(gate_up)
+        down, scales[1] = quantize_stack(down)
+    x = randn(9, hidden, seed=2)
+    ids = torch.stack(
+        [torch.randperm(experts, generator=torch.Generator().manual_seed(t))[:3] for t in range(9)]
+    )
+    ids[ids == 4] = 0  # one expert gets nothing; another may come twice
+    weights = randn(9, 3, seed=3).abs()
+    got = routed_experts(x, weights, ids, gate_up, scales[0], down, scales[1])
+    for t in range(9):
+        want = torch.zeros(1, hidden)
+        for w, e in zip(weights[t], ids[t].tolist(), strict=True):
+            scale_gu = None if scales[0] is None else scales[0][e]
+            scale_d = None if scales[1] is None else scales[1][e]
+            want += w * swiglu_mlp(x[t : t + 1], gate_up[e], scale_gu, down[e], scale_d)
+        assert_close("experts", got[t : t + 1], want, "fp32_logits")
+
+
+def quantize_stack(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    parts = [quantize_fp8_blocks(w) for w in weight.flatten(0, -3)]
+    data = torch.stack([q.view(torch.uint8) for q, _ in parts]).view(torch.float8_e4m3fn)
+    scale = torch.stack([s for _, s in parts])
+    return data.view(weight.shape), scale.view(*weight.shape[:-2], *scale.shape[1:])
