@@ -1,4 +1,6 @@
-"""Selection: score descending, then the lowest position; no index out of range, whatever the scores."""
+"""Selection: score descending, then the lowest position; no index out of range, whatever the
+scores.
+"""
 
 import pytest
 import torch

@@ -1,0 +1,284 @@
+"""What ends a request and what it returns: scripted tokens through the real scheduler and
+detokeniser.
+"""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders import hf_logits, prompt
+
+from minidsv import LLM, SamplingParams
+from minidsv.engine import StepOutput
+from minidsv.errors import ConfigError, RequestError
+from minidsv.llm import CompletionOutput
+from minidsv.runner import StepResult
+
+PAGES = 12
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    return LLM(load_format="random", num_pages=PAGES, max_model_len=600, max_num_batched_tokens=64)
+
+
+@pytest.fixture(autouse=True)
+def nothing_leaks(llm: LLM) -> Iterator[None]:
+    yield
+    assert llm.engine.block_manager.num_free == PAGES
+    assert not llm.engine.has_work
+    assert not llm.engine._texts
+
+
+def scripted(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, text: str | list[int], **params: Any
+) -> tuple[CompletionOutput, str]:
+    """Generate with the model replaced by a script; returns the output and the streamed text."""
+    ids = llm.engine.tokenizer.encode(text)[1:] if isinstance(text, str) else text
+
+    def execute(chunks: list[Any]) -> StepResult:
+        tokens = [ids[len(c.request.output_token_ids)] for c in chunks if c.samples]
+        return StepResult(tokens, [None] * len(tokens), [[] for _ in chunks])
+
+    monkeypatch.setattr(llm.engine.runner, "execute", execute)
+    pieces: list[StepOutput] = []
+    params.setdefault("max_tokens", len(ids))
+    output = llm.generate("x", SamplingParams(**params), pieces.append)[0].outputs[0]
+    assert [t for p in pieces for t in p.token_ids] == output.token_ids
+    assert [p.finished for p in pieces] == [False] * (len(pieces) - 1) + [True]
+    return output, "".join(p.text for p in pieces)
+
+
+TEXT = "one two three. four? five"
+
+
+@pytest.mark.parametrize(
+    ("stop", "want"),
+    [
+        ("three", "one two "),
+        (["five", "wo th"], "one t"),
+        (["two three.", "ee. f", "wo"], "one t"),
+        ("one", ""),
+        ("?", "one two three. four"),
+        ("absent", TEXT),
+        (["e t", " two"], "on"),
+        ("five", "one two three. four? "),
+    ],
+)
+def test_stop_strings(
+    stop: str | list[str], want: str, llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The match that completes first cuts the text; stop strings may cross tokens; streaming says
+    the same.
+    """
+    output, text = scripted(llm, monkeypatch, TEXT, stop=stop)
+    assert output.text == text == want
+    if want == TEXT:
+        assert (output.finish_reason, output.stop_reason) == ("length", None)
+    else:
+        assert output.finish_reason == "stop"
+        assert output.stop_reason in ([stop] if isinstance(stop, str) else stop)
+
+
+def test_a_stop_string_over_many_tokens(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    letters = [llm.engine.tokenizer.encode(letter)[1] for letter in "abcabcdabcde"]
+    output, text = scripted(llm, monkeypatch, letters, stop="abcde")
+    assert output.text == text == "abcabcd"
+    assert output.token_ids == letters
+
+
+def test_min_tokens_delays_every_kind_of_stop(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = (llm.engine.tokenizer.encode(letter)[1] for letter in "ab")
+    output, _ = scripted(llm, monkeypatch, [a, b, a, b, a], stop="b", min_tokens=2)
+    assert output.text == "aba"
+    output, _ = scripted(llm, monkeypatch, [a, b, a, b, a], stop_token_ids=[b], min_tokens=3)
+    assert output.token_ids == [a, b, a, b]
+    assert output.stop_reason == b
+
+
+def test_eos(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, eos = llm.engine.tokenizer.encode("a")[1], 1
+    assert eos in llm.engine.eos_token_ids
+    output, text = scripted(llm, monkeypatch, [a, eos, a])
+    assert (output.text, text, output.token_ids) == ("a", "a", [a, eos])
+    assert (output.finish_reason, output.stop_reason) == ("stop", None)
+    output, _ = scripted(llm, monkeypatch, [a, eos, a], ignore_eos=True)
+    assert (output.text, output.finish_reason) == ("aa", "length")
+    output, _ = scripted(llm, monkeypatch, [a, eos, a], ignore_eos=True, stop_token_ids=[eos])
+    assert (output.text, output.stop_reason) == ("a", eos)
+
+
+def test_length_wins_only_without_a_stop(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    output, _ = scripted(llm, monkeypatch, "stop", stop="p", max_tokens=1)
+    first = llm.engine.tokenizer.decode(output.token_ids)
+    assert output.finish_reason == ("stop" if "p" in first else "length")
+
+
+def test_a_half_character_at_the_end(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = llm.engine.tokenizer.encode("ok 🎉")[1:-1]
+    output, text = scripted(llm, monkeypatch, ids)
+    assert output.text == text == llm.engine.tokenizer.decode(ids)
+    assert output.text.endswith("\ufffd")
+
+
+@pytest.mark.parametrize("when", [0, 1, 3])
+def test_abort(when: int, llm: LLM) -> None:
+    """Aborted while queued, in prefill, in decode; also as the last one running."""
+    engine = llm.engine
+    first = engine.make_request(list(range(3, 150)), SamplingParams(max_tokens=50, ignore_eos=True))
+    second = engine.make_request([5, 6], SamplingParams(max_tokens=3, ignore_eos=True))
+    engine.add(first)
+    engine.add(second)
+    for _ in range(when):
+        engine.step()
+    engine.abort(first)
+    engine.abort(first)
+    assert first.finish_reason == "abort"
+    while engine.has_work:
+        assert all(output.request is second for output in engine.step())
+    assert second.finish_reason == "length"
+    engine.abort(second)
+    assert second.finish_reason == "length"
+    assert engine.step() == []
+
+
+def test_an_error_while_generating_leaves_nothing_behind(llm: LLM) -> None:
+    def boom(_: StepOutput) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(["a", "b"], SamplingParams(max_tokens=5), boom)
+
+
+def test_prompt_forms(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=4, ignore_eos=True)
+    ids = llm.engine.tokenizer.encode("hello")
+    (text,), (tokens,) = llm.generate("hello", params), llm.generate(ids, params)
+    both = llm.generate(["hello", "there"], [params, SamplingParams(max_tokens=2, ignore_eos=True)])
+    assert text.outputs == tokens.outputs == both[0].outputs
+    assert (text.prompt, tokens.prompt) == ("hello", None)
+    assert text.prompt_token_ids == tokens.prompt_token_ids == ids
+    assert llm.generate([ids, [3]], params)[0].outputs == text.outputs
+    assert len(both[1].outputs[0].token_ids) == 2
+    assert llm.generate([], params) == []
+
+
+@pytest.mark.parametrize(
+    ("prompts", "params", "words"),
+    [
+        ("", {}, []),
+        ([[]], {}, ["prompt", "empty"]),
+        ([1280], {}, ["prompt", "1280", "1279"]),
+        ([-1], {}, ["prompt", "-1"]),
+        ([[1.5]], {}, ["prompt", "1.5"]),
+        ([[True]], {}, ["prompt", "True"]),
+        (3, {}, ["prompts", "int"]),
+        ([None], {}, ["prompts", "None"]),
+        (["ok", "\ud800"], {}, ["prompt", "Unicode"]),
+        ([5] * 590, {}, ["max_tokens", "590", "16", "606", "600"]),
+        ("x", {"max_tokens": 599}, ["max_tokens", "599", "600"]),
+        ("x", {"logprobs": 5000}, ["logprobs", "5000", "1280"]),
+        ("x", {"temperature": -1}, ["temperature", "-1"]),
+        ("x", {"temperature": math.nan}, ["temperature", "nan"]),
+        ("x", {"top_p": 0}, ["top_p", "0"]),
+        ("x", {"top_p": 1.5}, ["top_p", "1.5"]),
+        ("x", {"top_k": -1}, ["top_k", "-1"]),
+        ("x", {"seed": 2**63}, ["seed"]),
+        ("x", {"stop": ""}, ["stop", "''"]),
+        ("x", {"stop": ["a"] * 17}, ["stop", "17", "16"]),
+        ("x", {"max_tokens": 0}, ["max_tokens", "0"]),
+        ("x", {"max_tokens": 3, "min_tokens": 4}, ["min_tokens", "4", "3"]),
+        ("x", {"ignore_eos": 1}, ["ignore_eos", "1"]),
+        ("x", {"stop_token_ids": [-2]}, ["stop_token_ids", "-2"]),
+    ],
+)
+def test_refusals(prompts: Any, params: dict[str, Any], words: list[str], llm: LLM) -> None:
+    """Nothing runs if any prompt cannot be served; the message names field, value and limit."""
+    if not words:
+        assert llm.generate(prompts, SamplingParams(max_tokens=1))[0].prompt_token_ids == [0]
+        return
+    with pytest.raises(RequestError) as error:
+        llm.generate(prompts, SamplingParams(**params))
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_a_request_that_fits_no_pool() -> None:
+    small = LLM(load_format="random", num_pages=2)
+    with pytest.raises(RequestError, match=r"120 prompt tokens \+ 9 .*3 pages.*has 2"):
+        small.generate([5] * 120, SamplingParams(max_tokens=9))
+    assert len(small.generate([5] * 120, SamplingParams(max_tokens=8, ignore_eos=True))) == 1
+    whole = small.generate([5] * 120, SamplingParams(max_tokens=None, ignore_eos=True))[0]
+    assert len(whole.outputs[0].token_ids) == 8
+
+
+def test_unknown_options_and_parameters() -> None:
+    with pytest.raises(ConfigError, match="tensor_parallel_size"):
+        LLM(tensor_parallel_size=2)
+    with pytest.raises(TypeError, match="best_of"):
+        SamplingParams(best_of=2)  # type: ignore[call-arg]
+
+
+def test_closed(llm: LLM) -> None:
+    other = LLM(load_format="random", num_pages=1)
+    other.close()
+    other.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        other.generate("x")
+
+
+def test_logprobs(checkpoints: dict[str, Path], hf_models: dict[str, Any]) -> None:
+    """Raw-logit logprobs of prompt and output against transformers; chunked and preempted prompts
+    lose none.
+    """
+    ids = prompt(100)
+    params = SamplingParams(max_tokens=12, ignore_eos=True, logprobs=2, prompt_logprobs=0)
+    llm = LLM(str(checkpoints["dsv32"]), num_pages=3, max_num_batched_tokens=33)
+    output, other = llm.generate([ids, prompt(62)], params)
+    assert llm.engine.scheduler.num_preemptions > 0
+    want = hf_logits(hf_models["dsv32"], ids + tuple(output.outputs[0].token_ids)).log_softmax(-1)
+    assert output.prompt_logprobs[0] is None
+    assert len(output.prompt_logprobs) == 100
+    assert len(other.prompt_logprobs) == 62
+    for position in range(1, 100):
+        (entry,) = output.prompt_logprobs[position].items()
+        assert entry[0] == ids[position]
+        assert entry[1].logprob == pytest.approx(float(want[position - 1, ids[position]]), abs=5e-5)
+        assert entry[1].rank == 1 + int(
+            (want[position - 1] > want[position - 1, ids[position]]).sum()
+        )
+    for i, entries in enumerate(output.outputs[0].logprobs):
+        best = want[99 + i].topk(2)
+        assert list(entries) == best.indices.tolist()
+        assert [e.rank for e in entries.values()] == [1, 2]
+        assert entries[output.outputs[0].token_ids[i]].logprob == max(
+            e.logprob for e in entries.values()
+        )
+
+
+def test_seeds(llm: LLM) -> None:
+    """A seeded request draws the same alone and in a crowd; unseeded ones follow the engine's seed."""
+    params = SamplingParams(temperature=1.0, max_tokens=12, seed=7, ignore_eos=True)
+    unseeded = SamplingParams(temperature=1.0, max_tokens=12, ignore_eos=True)
+    alone = llm.generate("hello", params)[0].outputs[0].token_ids
+    crowd = llm.generate(["a", "hello", "b c d"], [unseeded, params, SamplingParams()])
+    assert crowd[1].outputs[0].token_ids == alone
+    again = llm.generate(
+        "hello", SamplingParams(temperature=1.0, max_tokens=12, seed=8, ignore_eos=True)
+    )
+    assert again[0].outputs[0].token_ids != alone
+    twins = [
+        LLM(load_format="random", num_pages=4).generate(["q", "q"], unseeded) for _ in range(2)
+    ]
+    assert [o.outputs[0].token_ids for o in twins[0]] == [o.outputs[0].token_ids for o in twins[1]]
+    assert twins[0][0].outputs[0].token_ids != twins[0][1].outputs[0].token_ids
+
+
+def test_prompt_logits_shape_and_limits(llm: LLM) -> None:
+    assert llm.prompt_logits([3, 4, 5]).shape == (3, 1280)
+    assert llm.prompt_logits([3] * 600).dtype == torch.float32
+    with pytest.raises(RequestError, match="601.*600"):
+        llm.prompt_logits([3] * 601)

@@ -1,0 +1,88 @@
+"""Incremental detokenisation equals decoding at the end, whatever the tokens."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minidsv.engine_config import bundled_model
+from minidsv.errors import CheckpointError, RequestError
+from minidsv.tokenizer import Tokenizer, eos_token_ids
+
+TOKENIZER = Tokenizer(bundled_model())
+
+
+def streamed(prompt: list[int], output: list[int]) -> tuple[list[str], str]:
+    stream = TOKENIZER.stream(prompt)
+    return [stream.push(token) for token in output], stream.flush()
+
+
+def test_bos_is_added() -> None:
+    assert TOKENIZER.encode("hi")[0] == 0
+    assert TOKENIZER.decode(TOKENIZER.encode("hi there")) == "hi there"
+
+
+@given(st.text(max_size=40))
+@settings(deadline=None)
+def test_text_comes_back(text: str) -> None:
+    ids = TOKENIZER.encode(text)[1:]
+    pieces, rest = streamed([0], ids)
+    assert "".join(pieces) + rest == text
+    assert rest == ""
+
+
+@given(
+    st.lists(st.integers(0, TOKENIZER.size + 20), max_size=6),
+    st.lists(st.integers(0, TOKENIZER.size + 20), max_size=12),
+)
+@settings(deadline=None, max_examples=300)
+def test_any_tokens(prompt: list[int], output: list[int]) -> None:
+    """Half characters, special tokens and ids outside the vocabulary: the pieces join to the whole
+    decoding.
+    """
+    pieces, rest = streamed(prompt, output)
+    assert "".join(pieces) + rest == TOKENIZER.decode(output)
+
+
+def test_an_emoji_appears_whole() -> None:
+    ids = TOKENIZER.encode("a🎉b")[1:]
+    pieces, _ = streamed([0], ids)
+    assert [p for p in pieces if p] == ["a", "🎉", "b"]
+
+
+def test_a_character_cut_short_appears_in_flush() -> None:
+    ids = TOKENIZER.encode("🎉")[1:3]
+    pieces, rest = streamed([0], ids)
+    assert "".join(pieces) == ""
+    assert rest == TOKENIZER.decode(ids)
+    assert set(rest) == {"\ufffd"}
+
+
+def test_a_prompt_that_ends_inside_a_character_does_not_leak() -> None:
+    prompt = TOKENIZER.encode("secret words 🎉")[:-1]
+    pieces, rest = streamed(prompt, TOKENIZER.encode("ok")[1:])
+    assert "".join(pieces) + rest == "ok"
+
+
+def test_lone_surrogate() -> None:
+    with pytest.raises(RequestError, match="prompt"):
+        TOKENIZER.encode("\ud800")
+
+
+def test_no_tokenizer(tmp_path: Path) -> None:
+    shutil.copy(bundled_model() / "config.json", tmp_path)
+    with pytest.raises(CheckpointError, match="tokenizer"):
+        Tokenizer(tmp_path)
+
+
+def test_eos_ids(tmp_path: Path) -> None:
+    assert eos_token_ids(tmp_path, (7,)) == (7,)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
+    assert eos_token_ids(tmp_path, (7,)) == (3, 4)
+    (tmp_path / "generation_config.json").write_text("{}")
+    assert eos_token_ids(tmp_path, (7,)) == (7,)
+    (tmp_path / "generation_config.json").write_text("[")
+    with pytest.raises(CheckpointError, match=r"generation_config\.json"):
+        eos_token_ids(tmp_path, (7,))
