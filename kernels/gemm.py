@@ -8,8 +8,9 @@ gate_gemm:   the same with fp32 inputs and output: the router, the indexer's wei
 """
 
 import torch.nn.functional as F
-from minidsv.kernels.quant import dequantize_fp8_blocks
 from torch import Tensor
+
+from minidsv.kernels.quant import dequantize_fp8_blocks
 
 
 def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:

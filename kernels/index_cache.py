@@ -10,8 +10,9 @@ Called by the indexer (writes) and `indexer_logits` (reads).
 """
 
 import torch
-from minidsv.kernels.quant import dequantize_groups, hadamard, per_token_group_quant_fp8
 from torch import Tensor
+
+from minidsv.kernels.quant import dequantize_groups, hadamard, per_token_group_quant_fp8
 
 PAGE_SIZE = 64
 

@@ -8,8 +8,9 @@ report, section 2.1; model-spec 4. Called by the indexer, in chunks of rows.
 """
 
 import torch
-from minidsv.kernels.index_cache import PAGE_SIZE, read_index_k_buffer
 from torch import Tensor
+
+from minidsv.kernels.index_cache import PAGE_SIZE, read_index_k_buffer
 
 
 def paged_index_logits(

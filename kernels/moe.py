@@ -9,8 +9,9 @@ gate and up are one tensor [..., 2, I, in] (gate first). Called by the dense and
 
 import torch
 import torch.nn.functional as F
-from minidsv.kernels.gemm import linear
 from torch import Tensor
+
+from minidsv.kernels.gemm import linear
 
 
 def swiglu_mlp(

@@ -78,14 +78,23 @@ def quantize_fp8_blocks(weight: Tensor, ue8m0: bool = True) -> tuple[Tensor, Ten
 def dequantize_fp8_blocks(weight: Tensor, scale: Tensor) -> Tensor:
     """w8 [out, in] e4m3, scale [ceil(out/128), ceil(in/128)] -> fp32 [out, in]."""
     rows, cols = weight.shape
-    assert tuple(scale.shape) == block_scale_shape(rows, cols), (
-        f"{scale.shape=} for {weight.shape=}"
-    )
-    wide = scale.repeat_interleave(BLOCK, 1)[:, :cols]  # [ceil(out/128), in]
-    full = weight.float()
-    for block in range(scale.shape[0]):
-        full[block * BLOCK : (block + 1) * BLOCK] *= wide[block]
+    assert tuple(scale.shape) == block_scale_shape(rows, cols), f"{scale.shape=} {weight.shape=}"
+    full = _e4m3_over_256(weight)
+    wide = (scale * 256.0).repeat_interleave(BLOCK, 1)[:, :cols]  # [ceil(out/128), in]
+    whole = rows // BLOCK
+    full[: whole * BLOCK].view(whole, BLOCK, cols).mul_(wide[:whole, None])
+    full[whole * BLOCK :] *= wide[whole:]
     return full
+
+
+def _e4m3_over_256(x: Tensor) -> Tensor:
+    """x / 256 in fp32, exactly; the NaN codes, which no weight holds, read as 480 / 256.
+
+    An e4m3 number moved 7 bits up is an fp16 number whose exponent is biased by 8 less. On CPU this
+    is 13 times as fast as torch 2.13's cast (README's machine, one thread).
+    """
+    bits = (x.view(torch.int8).to(torch.int16) << 7) & ~0x4000
+    return bits.view(torch.float16).float()
 
 
 @functools.cache

@@ -16,8 +16,9 @@ bytes per rope channel. Called by MLA (writes) and `sparse_mla` (reads).
 """
 
 import torch
-from minidsv.kernels.quant import BLOCK, E4M3_MAX, dequantize_groups, per_token_group_quant_fp8
 from torch import Tensor
+
+from minidsv.kernels.quant import BLOCK, E4M3_MAX, dequantize_groups, per_token_group_quant_fp8
 
 
 def fp8_row_bytes(kv_lora_rank: int, rope_dim: int) -> int:

@@ -12,8 +12,9 @@ prefill alike. DeepSeek-V2 report, appendix C.
 """
 
 import torch
-from minidsv.kernels.set_mla_kv_buffer import read_mla_kv_buffer
 from torch import Tensor
+
+from minidsv.kernels.set_mla_kv_buffer import read_mla_kv_buffer
 
 _CHUNK_ELEMENTS = 1 << 25  # gathered cache elements at a time: 128 MiB of fp32
 

@@ -4,6 +4,7 @@ the commands alone.
 
 import functools
 import inspect
+import io
 import sys
 import time
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import typer
 
 from minidsv import __version__
 from minidsv.engine_config import EngineConfig
-from minidsv.errors import MinidsvError
+from minidsv.errors import MinidsvError, RequestError
 from minidsv.request import SamplingParams
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def generate(
         times.append(time.perf_counter())
         print(output.text, end="", flush=True)
 
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _standard_input() if prompt == "-" else prompt
     result = llm.generate(text, params, on_output)[0]
     print()
     first, total, count = times[1] - times[0], times[-1] - times[0], len(times) - 1
@@ -102,13 +103,20 @@ def generate(
     )
 
 
+def _standard_input() -> str:
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise RequestError("prompt", f"standard input is not UTF-8: {error}") from None
+
+
 @app.command()
 @engine_options
 def serve(
     *,
     engine: dict[str, Any],
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="port to listen on")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="port to listen on")] = 8000,
 ) -> None:
     """Serve POST /generate and GET /health over HTTP."""
     from minidsv.server.app import run
@@ -155,8 +163,16 @@ def version() -> None:
 
 def main() -> None:
     """Run the command line; bad input ends with one line on standard error and exit code 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a model's text need not fit the terminal
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
     except MinidsvError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        message = str(error)
+    except Exception as error:
+        if not hasattr(error, "format_message"):
+            raise
+        message = error.format_message()  # typer's ClickException, which it does not export
+    if message:  # it is empty where typer has shown the help instead
+        print("error:", " ".join(message.split()), file=sys.stderr)
+    sys.exit(2)

@@ -1,6 +1,7 @@
-"""Write a random checkpoint in the official layout: sharded safetensors, BF16 or FP8 128x128 blocks.
+r"""Write a random checkpoint in the official layout: sharded safetensors, BF16 or FP8 blocks.
 
-    python scripts/make_random_checkpoint.py configs/glm5.json OUT --set num_hidden_layers=4 --format fp8
+    python scripts/make_random_checkpoint.py configs/glm5.json OUT \
+        --set num_hidden_layers=4 --set n_routed_experts=16 --format fp8
 
 The config may be cut down with --set (integers); the tokenizer is the bundled model's.
 """
@@ -30,7 +31,7 @@ QUANTIZATION = {
 
 
 def write(raw: dict[str, Any], out: Path, *, fp8: bool, seed: int, shard_bytes: int) -> int:
-    """Write the checkpoint of the config `raw` into the new folder `out`; returns its tensors' bytes."""
+    """Write a checkpoint of the config `raw` into the new folder `out`; returns its bytes."""
     config = ModelConfig.from_hf(raw)
     out.mkdir(parents=True)
     shards = _Shards(out, shard_bytes)

@@ -23,7 +23,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def hf_models() -> dict[str, Any]:
-    """transformers' models by family; GLM's latent norms use rms_norm_eps, as ours do by default."""
+    """transformers' models by family; GLM's latent norms use rms_norm_eps, as ours do."""
     models = {family: hf_model(family) for family in ("dsv32", "glm")}
     use_rms_norm_eps_for_latents(models["glm"])
     return models

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from builders import hf_logits, prompt, with_config
-from compare import relative_l2
 from safetensors.torch import load_file, save_file
 
+from builders import hf_logits, prompt, with_config
+from compare import relative_l2
 from minidsv import LLM
 from minidsv.config import ModelConfig
 from minidsv.errors import CheckpointError

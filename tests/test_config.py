@@ -181,7 +181,7 @@ def test_auto_on_cpu_is_float32() -> None:
 
 def test_fp8_rows_need_whole_groups() -> None:
     small = changed(V32, kv_lora_rank=64)
-    with pytest.raises(ConfigError, match="kv_lora_rank.*64"):
+    with pytest.raises(ConfigError, match=r"kv_lora_rank.*64"):
         resolve(EngineConfig(device="cpu", kv_cache_dtype="fp8"), small)
     resolve(EngineConfig(device="cpu", kv_cache_dtype="fp8_flat"), small)
     with pytest.raises(ConfigError, match="index_head_dim"):

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from builders import hf_logits, prompt
 
+from builders import hf_logits, prompt
 from minidsv import LLM, SamplingParams
 from minidsv.engine import StepOutput
 from minidsv.errors import ConfigError, RequestError
@@ -260,7 +260,7 @@ def test_logprobs(checkpoints: dict[str, Path], hf_models: dict[str, Any]) -> No
 
 
 def test_seeds(llm: LLM) -> None:
-    """A seeded request draws the same alone and in a crowd; unseeded ones follow the engine's seed."""
+    """A seeded request draws the same in a crowd; unseeded ones follow the engine's seed."""
     params = SamplingParams(temperature=1.0, max_tokens=12, seed=7, ignore_eos=True)
     unseeded = SamplingParams(temperature=1.0, max_tokens=12, ignore_eos=True)
     alone = llm.generate("hello", params)[0].outputs[0].token_ids
@@ -280,5 +280,5 @@ def test_seeds(llm: LLM) -> None:
 def test_prompt_logits_shape_and_limits(llm: LLM) -> None:
     assert llm.prompt_logits([3, 4, 5]).shape == (3, 1280)
     assert llm.prompt_logits([3] * 600).dtype == torch.float32
-    with pytest.raises(RequestError, match="601.*600"):
+    with pytest.raises(RequestError, match=r"601.*600"):
         llm.prompt_logits([3] * 601)

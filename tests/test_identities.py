@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import prompt, with_config
-from compare import relative_l2
 from torch import Tensor
 
+from builders import prompt, with_config
+from compare import relative_l2
 from minidsv import LLM, SamplingParams, mla
 from minidsv.kernels.set_mla_kv_buffer import read_mla_kv_buffer
 from minidsv.mla import MLA
@@ -104,7 +104,7 @@ def test_decode_equals_recompute_in_every_cache_dtype(
 def test_cache_precision_costs_what_it_should(
     kv: str, index: str, most: float, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Against full precision, without sparsity or routing flips in the way: rounded, but not wrong."""
+    """Against full precision, without selections that could flip: rounded, but not wrong."""
     folder = with_config(
         checkpoints["dsv32"],
         tmp_path / "calm",

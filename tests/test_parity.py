@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from builders import (
     boundary_gaps,
     hf_greedy,
@@ -16,7 +17,6 @@ from builders import (
     with_config,
 )
 from compare import relative_l2
-
 from minidsv import LLM, SamplingParams
 from minidsv.kernels import router
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from compare import assert_close
 from torch import Tensor
 
+from compare import assert_close
 from minidsv.kernels import sparse_mla as sparse_mla_module
 from minidsv.kernels.index_cache import set_index_k_buffer
 from minidsv.kernels.indexer_logits import paged_index_logits

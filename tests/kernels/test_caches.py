@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from compare import assert_close
 from torch import Tensor
 
+from compare import assert_close
 from minidsv.kernels.index_cache import fp8_page_bytes, read_index_k_buffer, set_index_k_buffer
 from minidsv.kernels.quant import hadamard
 from minidsv.kernels.set_mla_kv_buffer import (

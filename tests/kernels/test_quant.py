@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from compare import assert_close
 
+from compare import assert_close
 from minidsv.kernels.quant import (
     dequantize_fp8_blocks,
     dequantize_groups,
@@ -52,6 +52,14 @@ def test_weight_blocks(shape: tuple[int, int]) -> None:
     want = q.float() * scale[rows][:, cols]  # W[o, i] = w8[o, i] * scale[o // 128, i // 128]
     assert torch.equal(dequantize_fp8_blocks(q, scale), want)
     assert_close("round trip", want, weight, "fp8_weight")
+
+
+def test_every_e4m3_number_is_dequantised_exactly() -> None:
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    numbers = codes[~codes.float().isnan()].view(1, -1)  # [1, 254]
+    scale = torch.tensor([[0.5, 3.0]])
+    want = numbers.float() * scale.repeat_interleave(128, 1)[:, :254]
+    assert torch.equal(dequantize_fp8_blocks(numbers, scale), want)
 
 
 def test_hadamard() -> None:

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from compare import assert_close
 
+from compare import assert_close
 from minidsv.config import RopeConfig
 from minidsv.kernels.gemm import gate_gemm, linear
 from minidsv.kernels.moe import routed_experts, swiglu_mlp
