@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minidsv.kernels.set_mla_kv_buffer import read_mla_kv_buffer
 
-_CHUNK_ELEMENTS = 1 << 25  # gathered cache elements at a time: 128 MiB of fp32
+_CHUNK_ELEMENTS = 1 << 22  # gathered cache elements at a time: 16 MiB of fp32
 
 
 def sparse_mla(

@@ -24,7 +24,7 @@ from minidsv.kernels.topk import positions_to_slots, topk_positions
 from minidsv.layers import LayerWeights
 
 K_NORM_EPS = 1e-6  # a LayerNorm's, whatever rms_norm_eps is
-_CHUNK_ELEMENTS = 1 << 26  # scores of all heads held at a time: 256 MiB of fp32
+_CHUNK_ELEMENTS = 1 << 20  # scores of all heads held at a time: 4 MiB of fp32
 
 
 def apply_q_scale_and_softmax_scale(

@@ -2,6 +2,7 @@
 card.
 """
 
+import math
 from pathlib import Path
 
 from rich.console import Console
@@ -40,7 +41,7 @@ def show(
     if gpu not in GPUS:
         raise ConfigError(f"gpu: {gpu!r} is not one of {sorted(GPUS)}")
     config = ModelConfig.from_path(path)
-    console.print(_summary(path, config))
+    console.print(_summary(path, config), markup=False, highlight=False)
     if path.is_dir():
         count = len(Checkpoint(path, config).table)
         console.print(f"files: all {count} tensors are there, with the right shapes and dtypes\n")
@@ -52,24 +53,25 @@ def show(
 
 def _summary(path: Path, c: ModelConfig) -> str:
     table = tensor_table(c)
-    parameters = sum(_count(spec.shape) for spec in table.values())
+    parameters = sum(math.prod(spec.shape) for spec in table.values())
     per_token = parameters - sum(
-        _count(spec.shape) * (1 - c.num_experts_per_tok / c.n_routed_experts)
+        math.prod(spec.shape) * (1 - c.num_experts_per_tok / c.n_routed_experts)
         for name, spec in table.items()
         if ".experts." in name
     )
     fp8, bf16 = (sum(spec_bytes(spec, mode) for spec in table.values()) for mode in (True, False))
     shared = c.indexer_types.count("shared")
+    qk = f"{c.qk_nope_head_dim}/{c.qk_rope_head_dim}/{c.v_head_dim}"
     return f"""\
-{path}: {c.model_type}, {parameters / 1e9:.3f} B parameters, {per_token / 1e9:.3f} B used by a token
-layers: {c.num_hidden_layers} ({c.first_k_dense_replace} dense; {shared} share an indexer's choice), \
+{path}: {c.model_type}
+parameters: {parameters / 1e9:.3f} B, {per_token / 1e9:.3f} B used by a token, in {len(table)} tensors
+stored: {fp8 / 1e9:.3f} GB as FP8, {bf16 / 1e9:.3f} GB as BF16 (without the MTP layer)
+layers: {c.num_hidden_layers}, {c.first_k_dense_replace} dense, {shared} with a shared indexer
 hidden {c.hidden_size}, vocabulary {c.vocab_size}, context {c.max_position_embeddings}
-attention: {c.num_attention_heads} heads, nope/rope/v \
-{c.qk_nope_head_dim}/{c.qk_rope_head_dim}/{c.v_head_dim}, latent {c.kv_lora_rank}
+attention: {c.num_attention_heads} heads, nope/rope/v {qk}, latent {c.kv_lora_rank}
 indexer: {c.index_n_heads} heads of {c.index_head_dim}, top {c.index_topk}
-experts: {c.n_routed_experts} routed, {c.num_experts_per_tok} a token, {c.n_shared_experts} shared, \
-{c.n_group} groups (best {c.topk_group} kept)
-tensors: {len(table)}; {fp8 / 1e9:.3f} GB as FP8, {bf16 / 1e9:.3f} GB as BF16 (no MTP layer)"""
+experts: {c.n_routed_experts} routed in {c.n_group} groups ({c.topk_group} kept), \
+{c.num_experts_per_tok} a token, {c.n_shared_experts} shared"""
 
 
 def _caches(config: ModelConfig) -> Table:
@@ -110,7 +112,8 @@ def _card(
     peak = GPUS[gpu]
     seconds = step_seconds(costs, peak)
     table = Table(
-        title=f"A decode step: batch {batch}, context {context}, {'FP8' if fp8 else 'BF16'} weights, "
+        title=f"A decode step: batch {batch}, context {context}, {'FP8' if fp8 else 'BF16'} "
+        "weights, "
         f"{kv} latent and {index} indexer cache, on {gpu} ({peak.bandwidth / 1e12:.2f} TB/s)",
         caption=f"floor {seconds * 1e6:,.0f} us a step, {batch / seconds:,.0f} tokens/s; "
         f"{distinct_experts(config, batch):.1f} distinct experts a layer (uniform routing)",
@@ -132,10 +135,3 @@ def _card(
         f"{total[0] / peak.bandwidth * 1e6:,.1f}",
     )
     return table
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total

@@ -7,9 +7,11 @@ latent rows and, beyond index_topk, all `context` indexer keys of each request. 
 logits are left out (well under 1 % at these batches).
 """
 
+import math
 from dataclasses import dataclass
 
 from minidsv.config import ModelConfig
+from minidsv.kernels.quant import block_scale_shape
 from minidsv.kv_cache import index_bytes, latent_bytes
 from minidsv.tensor_table import TensorSpec, tensor_table
 
@@ -64,9 +66,7 @@ def decode_cost(
         part, used, per_token = _use(config, name, batch)
         total = parts.setdefault(part, [0.0, 0.0])
         total[0] += spec_bytes(spec, fp8_weights) * used
-        total[1] += 2.0 * _elements(spec) * per_token * batch
-    embedding = parts["embedding"]
-    embedding[1] = 0.0
+        total[1] += 2.0 * math.prod(spec.shape) * per_token * batch
     attended = min(context, config.index_topk)
     layers = config.num_hidden_layers
     parts["latent cache"] = [
@@ -103,24 +103,16 @@ def _use(config: ModelConfig, name: str, batch: int) -> tuple[str, float, float]
     return ("attention" if ".self_attn." in name else "dense, shared, router, norms"), 1.0, 1.0
 
 
-def _elements(spec: TensorSpec) -> int:
-    count = 1
-    for size in spec.shape:
-        count *= size
-    return count
-
-
 def spec_bytes(spec: TensorSpec, fp8: bool) -> int:
     """Bytes of one tensor in the official layout: FP8 blocks with fp32 scales, fp32 gains, BF16 for
     the rest.
     """
-    count = _elements(spec)
+    count = math.prod(spec.shape)
     if spec.kind == "gain":
         return 4 * count
     if not (fp8 and spec.may_be_fp8):
         return 2 * count
-    rows, cols = spec.shape
-    return count + 4 * -(-rows // 128) * -(-cols // 128)
+    return count + 4 * math.prod(block_scale_shape(*spec.shape))
 
 
 def step_seconds(costs: list[Cost], gpu: Gpu) -> float:

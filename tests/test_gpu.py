@@ -1,0 +1,58 @@
+"""The PyTorch operators on a CUDA device agree with the CPU's."""
+
+from pathlib import Path
+
+import pytest
+
+from builders import prompt
+from compare import relative_l2
+from minidsv import LLM, SamplingParams
+
+pytestmark = pytest.mark.gpu
+FAMILIES = ("dsv32", "glm")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("length", [40, 200])
+def test_float32_logits(family: str, length: int, checkpoints: dict[str, Path]) -> None:
+    ids = prompt(length)
+    caches = {"kv_cache_dtype": "float32", "index_cache_dtype": "float32", "num_pages": 8}
+    folder = str(checkpoints[family])
+    want = LLM(folder, device="cpu", **caches).prompt_logits(ids)
+    got = LLM(folder, device="cuda", dtype="float32", **caches).prompt_logits(ids).cpu()
+    assert relative_l2(got, want) < 5e-6
+
+
+@pytest.mark.parametrize("kv", ["float32", "bfloat16", "fp8", "fp8_flat"])
+@pytest.mark.parametrize("index", ["float32", "bfloat16", "fp8"])
+def test_every_cache_dtype_generates(kv: str, index: str, checkpoints: dict[str, Path]) -> None:
+    """Greedy tokens in fp32 compute, teacher-forced on the CPU in the same dtypes."""
+    caches = {"kv_cache_dtype": kv, "index_cache_dtype": index, "num_pages": 8, "dtype": "float32"}
+    folder, ids = str(checkpoints["dsv32"]), prompt(90)
+    params = SamplingParams(max_tokens=20, ignore_eos=True, logprobs=0)
+    output = LLM(folder, device="cuda", **caches).generate([ids], params)[0].outputs[0]
+    forced = LLM(folder, device="cpu", **caches).prompt_logits(ids + tuple(output.token_ids))
+    rows = forced[len(ids) - 1 : -1].log_softmax(-1)
+    for row, token, entries in zip(rows, output.token_ids, output.logprobs, strict=True):
+        assert entries[token].logprob == pytest.approx(float(row[token]), abs=2e-2)
+
+
+def test_auto_is_bfloat16_with_fp8_index_keys(checkpoints: dict[str, Path]) -> None:
+    llm = LLM(str(checkpoints["glm"]), device="auto", max_model_len=512, num_pages=20)
+    config = llm.engine.config
+    assert (config.device, config.dtype) == ("cuda:0", "bfloat16")
+    assert (config.kv_cache_dtype, config.index_cache_dtype) == ("bfloat16", "fp8")
+    outputs = llm.generate([prompt(n) for n in (3, 70, 130)], SamplingParams(max_tokens=8))
+    assert all(output.outputs[0].finish_reason for output in outputs)
+
+
+def test_draws_are_the_same_on_both_devices(checkpoints: dict[str, Path]) -> None:
+    params = SamplingParams(temperature=1.0, top_p=0.9, seed=5, max_tokens=16, ignore_eos=True)
+    options = {"dtype": "float32", "kv_cache_dtype": "float32", "index_cache_dtype": "float32"}
+    cpu, cuda = (
+        LLM(str(checkpoints["dsv32"]), device=device, num_pages=4, **options).generate(
+            [prompt(30)], params
+        )
+        for device in ("cpu", "cuda")
+    )
+    assert cpu[0].outputs[0].token_ids == cuda[0].outputs[0].token_ids
