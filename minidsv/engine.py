@@ -111,11 +111,8 @@ class Engine:
         ]
 
     def prompt_logits(self, token_ids: list[int]) -> Tensor:
-        """fp32 logits [len(token_ids), vocab] of one forward over the prompt (chunked by the token
-        budget).
-        """
+        """fp32 logits [len(token_ids), vocab]: one forward, in chunks of the token budget."""
         self._check_prompt(token_ids)
-        self._check_room("prompt", len(token_ids), f"{len(token_ids)} tokens")
         request = Request("prompt_logits", token_ids, SamplingParams(), seed=0, max_tokens=0)
         if not self.block_manager.grow(request, len(token_ids)):
             free = self.block_manager.num_free
@@ -140,22 +137,20 @@ class Engine:
         for token in token_ids:
             if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab:
                 raise RequestError("prompt", f"{token!r} is not a token id from 0 to {vocab - 1}")
+        self._check_room("prompt", len(token_ids), f"{len(token_ids)} tokens")
 
     def _check_room(self, field: str, num_tokens: int, what: str) -> None:
         limit, pages = self.config.max_model_len, self.runner.num_pages
         assert limit is not None
         if num_tokens > limit:
-            raise RequestError(field, f"{what}: {num_tokens} in all exceed max_model_len {limit}")
+            raise RequestError(field, f"{what} exceed max_model_len {limit}")
         if pages_for(num_tokens) > pages:
             raise RequestError(
-                field,
-                f"{what} need {pages_for(num_tokens)} pages of {PAGE_SIZE}, the cache has {pages}",
+                field, f"{what} need {pages_for(num_tokens)} pages of 64, the cache has {pages}"
             )
 
     def _max_tokens(self, num_prompt: int, params: SamplingParams) -> int:
-        """params.max_tokens, or what the context and the pool leave; refused if prompt + output can
-        never fit.
-        """
+        """params.max_tokens, or what context and pool leave; refused if the sum never fits."""
         if params.max_tokens is not None:
             wanted = params.max_tokens
         else:
@@ -163,9 +158,9 @@ class Engine:
             wanted = max(
                 1, min(self.config.max_model_len, self.runner.num_pages * PAGE_SIZE) - num_prompt
             )
-        self._check_room(
-            "max_tokens", num_prompt + wanted, f"{num_prompt} prompt tokens + {wanted} to generate"
-        )
+        total = num_prompt + wanted
+        what = f"{num_prompt} prompt tokens + {wanted} to generate, {total} in all,"
+        self._check_room("max_tokens", total, what)
         return wanted
 
     def _append(self, chunk: Chunk, token: int, logprobs: RowLogprobs | None) -> StepOutput:

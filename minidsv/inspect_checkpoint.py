@@ -64,7 +64,7 @@ def _summary(path: Path, c: ModelConfig) -> str:
     qk = f"{c.qk_nope_head_dim}/{c.qk_rope_head_dim}/{c.v_head_dim}"
     return f"""\
 {path}: {c.model_type}
-parameters: {parameters / 1e9:.3f} B, {per_token / 1e9:.3f} B used by a token, in {len(table)} tensors
+parameters: {parameters / 1e9:.3f} B in {len(table)} tensors, {per_token / 1e9:.3f} B a token
 stored: {fp8 / 1e9:.3f} GB as FP8, {bf16 / 1e9:.3f} GB as BF16 (without the MTP layer)
 layers: {c.num_hidden_layers}, {c.first_k_dense_replace} dense, {shared} with a shared indexer
 hidden {c.hidden_size}, vocabulary {c.vocab_size}, context {c.max_position_embeddings}

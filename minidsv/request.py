@@ -3,7 +3,7 @@ torch in here.
 """
 
 import enum
-import math
+import reprlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,8 @@ from minidsv.errors import RequestError
 
 MAX_STOP_STRINGS = 16
 SEED_BITS = 63
+MAX_INT = 2**63 - 1
+MAX_NUMBER = 1e9
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class SamplingParams:
         _check_int("min_tokens", self.min_tokens, 0)
         _check_int("logprobs", self.logprobs, 0, optional=True)
         _check_int("prompt_logprobs", self.prompt_logprobs, 0, optional=True)
-        _check_number("temperature", self.temperature, 0.0, math.inf)
+        _check_number("temperature", self.temperature, 0.0)
         _check_number("top_p", self.top_p, 0.0, 1.0)
         if self.top_p == 0:
             raise RequestError("top_p", "0 keeps no token; accepted: above 0, up to 1")
@@ -63,13 +65,20 @@ class SamplingParams:
             raise RequestError(
                 "min_tokens", f"{self.min_tokens} is more than max_tokens {self.max_tokens}"
             )
+        self._check_stops()
+
+    def _check_stops(self) -> None:
+        if not isinstance(self.stop, str | list | tuple | None):
+            raise RequestError("stop", f"{reprlib.repr(self.stop)} is not a string or a list")
         if len(self.stop_strings) > MAX_STOP_STRINGS:
             raise RequestError(
                 "stop", f"{len(self.stop_strings)} strings; accepted: at most {MAX_STOP_STRINGS}"
             )
         for text in self.stop_strings:
             if not isinstance(text, str) or not text:
-                raise RequestError("stop", f"{text!r} is not a non-empty string")
+                raise RequestError("stop", f"{reprlib.repr(text)} is not a non-empty string")
+        if not isinstance(self.stop_token_ids, list | tuple | None):
+            raise RequestError("stop_token_ids", f"{self.stop_token_ids!r} is not a list")
         for token in self.stop_token_ids or ():
             _check_int("stop_token_ids", token, 0)
 
@@ -81,20 +90,22 @@ class SamplingParams:
 
 
 def _check_int(
-    name: str, value: Any, least: int, most: float = math.inf, optional: bool = False
+    name: str, value: Any, least: int, most: int = MAX_INT, optional: bool = False
 ) -> None:
     if value is None and optional:
         return
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        bound = f"at least {least}" if most == math.inf else f"from {least} to {most}"
-        raise RequestError(name, f"{value!r} is not an integer of {bound}")
+        raise RequestError(
+            name, f"{reprlib.repr(value)} is not an integer; accepted: {least} to {most}"
+        )
 
 
-def _check_number(name: str, value: Any, least: float, most: float) -> None:
-    finite = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not finite or not least <= value <= most:
-        bound = f"at least {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
-        raise RequestError(name, f"{value!r} is not a number of {bound}")
+def _check_number(name: str, value: Any, least: float, most: float = MAX_NUMBER) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not least <= value <= most:  # NaN fails the comparison
+        raise RequestError(
+            name, f"{reprlib.repr(value)} is not a number; accepted: {least:g} to {most:g}"
+        )
 
 
 class Status(enum.Enum):

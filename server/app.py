@@ -12,8 +12,6 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.sse import format_sse_event
-from minidsv.server.engine_loop import EngineFailed, EngineLoop
-from minidsv.server.protocol import GenerateRequest, error_body, generate_response
 from starlette.exceptions import HTTPException
 
 from minidsv import __version__
@@ -21,11 +19,16 @@ from minidsv.engine import Engine
 from minidsv.engine_config import EngineConfig
 from minidsv.errors import RequestError
 from minidsv.request import Request as EngineRequest
+from minidsv.server.engine_loop import EngineFailed, EngineLoop
+from minidsv.server.protocol import GenerateRequest, error_body, generate_response
+
+GRACE_SECONDS = 20  # what runs at a SIGTERM or Ctrl-C may go on for so long
 
 
 def run(config: EngineConfig, host: str, port: int) -> None:
     """Load the model, then serve until interrupted."""
-    uvicorn.run(create_app(Engine(config)), host=host, port=port)
+    app = create_app(Engine(config))
+    uvicorn.run(app, host=host, port=port, timeout_graceful_shutdown=GRACE_SECONDS)
 
 
 def create_app(engine: Engine) -> FastAPI:
@@ -55,11 +58,7 @@ def create_app(engine: Engine) -> FastAPI:
 
     @app.post("/generate")
     async def generate(body: GenerateRequest, http: Request) -> Response:
-        prompt, params = body.prompt(), body.to_params()
-        text = prompt if isinstance(prompt, str) else None
-        if isinstance(prompt, str):
-            prompt = await asyncio.to_thread(engine.tokenizer.encode, prompt)
-        request = engine.make_request(prompt, params, text, body.rid)
+        request = await _engine_request(engine, body)
         if not loop.healthy:
             return _engine_failed()
         answers = _answers(loop, request)
@@ -68,6 +67,17 @@ def create_app(engine: Engine) -> FastAPI:
         return await _last_or_disconnect(answers, http)
 
     return app
+
+
+async def _engine_request(engine: Engine, body: GenerateRequest) -> EngineRequest:
+    try:
+        prompt, params = body.prompt(), body.to_params()
+        text = prompt if isinstance(prompt, str) else None
+        if isinstance(prompt, str):
+            prompt = await asyncio.to_thread(engine.tokenizer.encode, prompt)
+        return engine.make_request(prompt, params, text, body.rid)
+    except RequestError as error:
+        raise body.in_own_terms(error) from None
 
 
 async def _answers(loop: EngineLoop, request: EngineRequest) -> AsyncGenerator[dict[str, Any]]:
@@ -135,8 +145,14 @@ async def _on_request_error(_: Request, error: Exception) -> Response:
 async def _on_validation_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    param = ".".join(str(part) for part in first["loc"] if part != "body") or None
-    message = f"{param or 'body'}: {first['msg']}"
+    if first["type"] == "json_invalid":
+        param, reason = None, f"{first['msg']} at character {first['loc'][-1]}"
+    elif first["type"] in ("missing", "model_attributes_type") and first["loc"] == ("body",):
+        param, reason = None, "a JSON object with Content-Type: application/json is needed"
+    else:
+        param = ".".join(str(part) for part in first["loc"] if part != "body") or None
+        reason = first["msg"]
+    message = f"{param or 'body'}: {reason}"
     return JSONResponse(error_body(message, "invalid_request_error", param), 400)
 
 

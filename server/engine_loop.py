@@ -1,6 +1,7 @@
 """EngineLoop: the thread that owns the engine, and the asyncio side of its requests."""
 
 import asyncio
+import contextlib
 import logging
 import queue
 import threading
@@ -41,6 +42,9 @@ class EngineLoop:
 
         def command() -> None:
             self._stopping = True
+            for request in self._streams:
+                self.engine.abort(request)
+            self._end_streams()
 
         self._commands.put(command)
         self._thread.join()
@@ -63,7 +67,7 @@ class EngineLoop:
             self._commands.put(lambda: self._abort(request))
 
     def _add(self, request: Request, stream: "_Stream") -> None:
-        if self._failed:
+        if self._failed or self._stopping:
             stream.put(None)
             return
         self._streams[request] = stream
@@ -75,21 +79,20 @@ class EngineLoop:
 
     def _run(self) -> None:
         while not self._stopping:
-            self._run_commands()
-            if not self._failed:
-                self._step()
-        self._end_streams()
+            try:
+                self._run_commands()
+                if not self._failed:
+                    self._step()
+            except Exception:
+                logger.exception("the engine failed; its requests are answered with an error")
+                self._failed = True
+                self._end_streams()
 
     def _step(self) -> None:
-        try:
-            for output in self.engine.step():
-                self._streams[output.request].put(output)
-                if output.finished:
-                    del self._streams[output.request]
-        except Exception:
-            logger.exception("the engine failed; its requests are answered with an error")
-            self._failed = True
-            self._end_streams()
+        for output in self.engine.step():
+            self._streams[output.request].put(output)
+            if output.finished:
+                del self._streams[output.request]
 
     def _end_streams(self) -> None:
         for stream in self._streams.values():
@@ -115,4 +118,5 @@ class _Stream:
         self.outputs: asyncio.Queue[StepOutput | None] = asyncio.Queue()
 
     def put(self, output: StepOutput | None) -> None:
-        self._loop.call_soon_threadsafe(self.outputs.put_nowait, output)
+        with contextlib.suppress(RuntimeError):  # the event loop has closed: a forced exit
+            self._loop.call_soon_threadsafe(self.outputs.put_nowait, output)

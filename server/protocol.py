@@ -5,16 +5,44 @@ nothing; a name that nobody documents is ignored and logged at debug.
 """
 
 import logging
-from typing import Any
+import reprlib
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, StrictBool, StrictInt, StrictStr
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+)
+from pydantic_core import PydanticCustomError
 
 from minidsv.errors import RequestError
 from minidsv.request import Request, SamplingParams
 
 logger = logging.getLogger(__name__)
 
-# SGLang's documented fields that we lack -> values that ask for nothing (None always does).
+
+def _check_unicode(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise PydanticCustomError(
+            "unicode", "Input should be valid Unicode (it has a lone surrogate)"
+        ) from None
+    return text
+
+
+Text = Annotated[StrictStr, AfterValidator(_check_unicode)]
+Integer = Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Texts = Annotated[list[Text], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
+
+# SGLang's documented fields that we lack -> values that ask for nothing (None and what is empty
+# always do).
 _UNSUPPORTED_REQUEST: dict[str, tuple[Any, ...]] = {
     "input_embeds": (),
     "image_data": (),
@@ -27,6 +55,7 @@ _UNSUPPORTED_REQUEST: dict[str, tuple[Any, ...]] = {
     "token_ids_logprob": (),
     "return_text_in_logprobs": (False,),
     "return_hidden_states": (False,),
+    "return_routed_experts": (False,),
     "session_params": (),
     "lora_path": (),
     "lora_id": (),
@@ -62,15 +91,15 @@ class GenerateSampling(BaseModel):
     """`sampling_params` of POST /generate; null means the default."""
 
     model_config = ConfigDict(extra="allow")
-    max_new_tokens: StrictInt | None = None
-    min_new_tokens: StrictInt | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: StrictInt | None = None
-    stop: StrictStr | list[StrictStr] | None = None
-    stop_token_ids: list[StrictInt] | None = None
+    max_new_tokens: Integer | None = None
+    min_new_tokens: Integer | None = None
+    temperature: Number | None = None
+    top_p: Number | None = None
+    top_k: Integer | None = None
+    stop: Texts | None = None
+    stop_token_ids: list[Integer] | None = None
     ignore_eos: StrictBool | None = None
-    sampling_seed: StrictInt | None = None
+    sampling_seed: Integer | None = None
 
     def to_params(self) -> SamplingParams:
         """Our parameters, with SGLang's defaults (128 tokens, temperature 1, top_k -1 for all)."""
@@ -82,7 +111,7 @@ class GenerateSampling(BaseModel):
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=1.0 if self.top_p is None else self.top_p,
             top_k=top_k or 0,
-            stop=self.stop or None,
+            stop=self.stop,
             stop_token_ids=self.stop_token_ids,
             ignore_eos=bool(self.ignore_eos),
             seed=self.sampling_seed,
@@ -93,11 +122,11 @@ class GenerateRequest(BaseModel):
     """Body of POST /generate: one prompt, as text or as token ids."""
 
     model_config = ConfigDict(extra="allow")
-    text: StrictStr | None = None
-    input_ids: list[StrictInt] | None = None
+    text: Text | None = None
+    input_ids: list[Integer] | None = None
     sampling_params: GenerateSampling | None = None
-    stream: StrictBool = False
-    rid: StrictStr | None = None
+    stream: StrictBool | None = None
+    rid: Text | None = None
 
     def prompt(self) -> str | list[int]:
         """The one prompt given; raises RequestError for none or two."""
@@ -110,13 +139,39 @@ class GenerateRequest(BaseModel):
     def to_params(self) -> SamplingParams:
         return (self.sampling_params or GenerateSampling()).to_params()
 
+    def in_own_terms(self, error: RequestError) -> RequestError:
+        """The engine's refusal, with the names of this body in place of those of SamplingParams."""
+        message = str(error).removeprefix(f"{error.param}: ")
+        if error.param == "prompt":
+            return RequestError("text" if self.input_ids is None else "input_ids", message)
+        if error.param not in _FROM_ENGINE:
+            return error
+        message = message.replace("max_tokens", "max_new_tokens")
+        return RequestError("sampling_params." + _FROM_ENGINE[error.param], message)
+
+
+# SamplingParams' names -> ours.
+_FROM_ENGINE = {
+    "max_tokens": "max_new_tokens",
+    "min_tokens": "min_new_tokens",
+    "seed": "sampling_seed",
+    **{n: n for n in ("temperature", "top_p", "top_k", "stop", "stop_token_ids", "ignore_eos")},
+}
+
 
 def _refuse(model: BaseModel, prefix: str, unsupported: dict[str, tuple[Any, ...]]) -> None:
     for name, value in (model.model_extra or {}).items():
         if name not in unsupported:
             logger.debug("ignoring unknown field %s%s", prefix, name)
-        elif value is not None and value not in unsupported[name]:
-            raise RequestError(prefix + name, f"{value!r} is not supported by this server")
+        elif not _asks_for_nothing(value, unsupported[name]):
+            shown = reprlib.repr(value)
+            raise RequestError(prefix + name, f"{shown} is not supported by this server")
+
+
+def _asks_for_nothing(value: Any, neutral: tuple[Any, ...]) -> bool:
+    if value is None or value in ("", [], {}):
+        return True
+    return any(value == n and isinstance(value, bool) == isinstance(n, bool) for n in neutral)
 
 
 def generate_response(

@@ -1,6 +1,7 @@
 """Fixtures: one small checkpoint a family, written by transformers once a session."""
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker, needed in (("gpu", 1), ("multi_gpu", 2)):
             if item.get_closest_marker(marker) and devices < needed:
                 item.add_marker(pytest.mark.skip(reason=f"needs {needed} CUDA devices"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cpu_by_default() -> Iterator[None]:
+    """`device="auto"` means the CPU on every machine; `gpu` tests name their device."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -149,7 +149,7 @@ def written_pages(llm: LLM, question: Question) -> list[int]:
 
 
 def test_transformers_agrees(llm: LLM, retrieval: list[Question]) -> None:
-    """The dequantised checkpoint in transformers gives the same logits, above and below index_topk."""
+    """transformers gives the same logits for the dequantised checkpoint, sparse and dense."""
     from transformers import DeepseekV32Config, DeepseekV32ForCausalLM
 
     folder = bundled_model()
