@@ -12,9 +12,8 @@ Called by the indexer (writes) and `indexer_logits` (reads).
 import torch
 from torch import Tensor
 
+from minidsv.kernels.constants import PAGE_SIZE
 from minidsv.kernels.quant import dequantize_groups, hadamard, per_token_group_quant_fp8
-
-PAGE_SIZE = 64
 
 
 def fp8_page_bytes(index_head_dim: int) -> int:

@@ -10,7 +10,8 @@ report, section 2.1; model-spec 4. Called by the indexer, in chunks of rows.
 import torch
 from torch import Tensor
 
-from minidsv.kernels.index_cache import PAGE_SIZE, read_index_k_buffer
+from minidsv.kernels.constants import PAGE_SIZE
+from minidsv.kernels.index_cache import read_index_k_buffer
 
 
 def paged_index_logits(

@@ -14,9 +14,10 @@ import functools
 import torch
 from torch import Tensor
 
+from minidsv.kernels.constants import FP8_BLOCK
+
 E4M3_MAX = 448.0
 AMAX_FLOOR = 1e-4
-BLOCK = 128
 
 
 def round_scale_ue8m0(scale: Tensor) -> Tensor:
@@ -38,7 +39,7 @@ def _to_e4m3(x: Tensor) -> Tensor:
 
 
 def per_token_group_quant_fp8(
-    x: Tensor, group_size: int = BLOCK, ue8m0: bool = False
+    x: Tensor, group_size: int = FP8_BLOCK, ue8m0: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Quantise the last axis in groups: x [..., D] -> e4m3 [..., D], fp32 scales [..., D /
     group_size].
@@ -58,7 +59,7 @@ def dequantize_groups(q: Tensor, scale: Tensor) -> Tensor:
 
 def block_scale_shape(rows: int, cols: int) -> tuple[int, int]:
     """Shape of `weight_scale_inv` for a [rows, cols] weight; edge blocks are cut, not padded."""
-    return -(-rows // BLOCK), -(-cols // BLOCK)
+    return -(-rows // FP8_BLOCK), -(-cols // FP8_BLOCK)
 
 
 def quantize_fp8_blocks(weight: Tensor, ue8m0: bool = True) -> tuple[Tensor, Tensor]:
@@ -67,9 +68,9 @@ def quantize_fp8_blocks(weight: Tensor, ue8m0: bool = True) -> tuple[Tensor, Ten
     """
     rows, cols = weight.shape
     grid_rows, grid_cols = block_scale_shape(rows, cols)
-    padded = torch.zeros(grid_rows * BLOCK, grid_cols * BLOCK, device=weight.device)
+    padded = torch.zeros(grid_rows * FP8_BLOCK, grid_cols * FP8_BLOCK, device=weight.device)
     padded[:rows, :cols] = weight.float()
-    blocks = padded.view(grid_rows, BLOCK, grid_cols, BLOCK)
+    blocks = padded.view(grid_rows, FP8_BLOCK, grid_cols, FP8_BLOCK)
     scale = _scales(blocks.abs().amax((1, 3)), ue8m0)
     quantized = _to_e4m3(blocks / scale[:, None, :, None]).view_as(padded)
     return quantized[:rows, :cols].contiguous(), scale
@@ -80,15 +81,15 @@ def dequantize_fp8_blocks(weight: Tensor, scale: Tensor) -> Tensor:
     rows, cols = weight.shape
     assert tuple(scale.shape) == block_scale_shape(rows, cols), f"{scale.shape=} {weight.shape=}"
     full = _e4m3_over_256(weight)
-    wide = (scale * 256.0).repeat_interleave(BLOCK, 1)[:, :cols]  # [ceil(out/128), in]
-    whole = rows // BLOCK
-    full[: whole * BLOCK].view(whole, BLOCK, cols).mul_(wide[:whole, None])
-    full[whole * BLOCK :] *= wide[whole:]
+    wide = (scale * 256.0).repeat_interleave(FP8_BLOCK, 1)[:, :cols]  # [ceil(out/128), in]
+    whole = rows // FP8_BLOCK
+    full[: whole * FP8_BLOCK].view(whole, FP8_BLOCK, cols).mul_(wide[:whole, None])
+    full[whole * FP8_BLOCK :] *= wide[whole:]
     return full
 
 
 def _e4m3_over_256(x: Tensor) -> Tensor:
-    """x / 256 in fp32, exactly; the NaN codes, which no weight holds, read as 480 / 256.
+    """x / 256 in fp32, exactly; the NaN codes, which the loader refuses, read as 480 / 256.
 
     An e4m3 number moved 7 bits up is an fp16 number whose exponent is biased by 8 less. On CPU this
     is 13 times as fast as torch 2.13's cast (README's machine, one thread).

@@ -18,13 +18,16 @@ bytes per rope channel. Called by MLA (writes) and `sparse_mla` (reads).
 import torch
 from torch import Tensor
 
-from minidsv.kernels.quant import BLOCK, E4M3_MAX, dequantize_groups, per_token_group_quant_fp8
+from minidsv.kernels.constants import FP8_BLOCK
+from minidsv.kernels.quant import E4M3_MAX, dequantize_groups, per_token_group_quant_fp8
 
 
 def fp8_row_bytes(kv_lora_rank: int, rope_dim: int) -> int:
     """Bytes of one fp8 row: 656 for C = 512, r = 64."""
-    assert kv_lora_rank % BLOCK == 0, f"kv_lora_rank {kv_lora_rank} is not a multiple of {BLOCK}"
-    return kv_lora_rank + kv_lora_rank // BLOCK * 4 + rope_dim * 2
+    assert kv_lora_rank % FP8_BLOCK == 0, (
+        f"kv_lora_rank {kv_lora_rank} is not a multiple of {FP8_BLOCK}"
+    )
+    return kv_lora_rank + kv_lora_rank // FP8_BLOCK * 4 + rope_dim * 2
 
 
 def set_mla_kv_buffer(kv_buffer: Tensor, loc: Tensor, k_nope: Tensor, k_rope: Tensor) -> None:
@@ -66,7 +69,7 @@ def read_mla_kv_buffer(
         return rows.view(torch.float8_e4m3fn).float() * scale
     if kv_buffer.dtype != torch.uint8:
         return rows.float()
-    scale_bytes = kv_lora_rank // BLOCK * 4
+    scale_bytes = kv_lora_rank // FP8_BLOCK * 4
     rope_bytes = rows.shape[-1] - kv_lora_rank - scale_bytes
     latent, scales, rope = rows.split((kv_lora_rank, scale_bytes, rope_bytes), -1)
     return torch.cat(

@@ -8,7 +8,7 @@ Called by the indexer; `all_slots` also by the model for steps in which no conte
 import torch
 from torch import Tensor
 
-from minidsv.kernels.index_cache import PAGE_SIZE
+from minidsv.kernels.constants import PAGE_SIZE
 
 
 def topk_positions(logits: Tensor, seq_lens: Tensor, k: int) -> Tensor:

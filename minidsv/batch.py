@@ -18,7 +18,6 @@ class StepBatch:
     slot_mapping: Tensor  # [T] physical slot that each token's keys are written to
     seq_lens: Tensor  # [T] keys each token may see: its position + 1
     request_index: Tensor  # [T] row of block_table
-    query_start: Tensor  # [R + 1] first token of each request, then T
     block_table: Tensor  # [R, pages] physical pages of each request, 0 behind its last
     logits_index: Tensor  # [L] tokens whose logits are wanted
     max_seq_len: int  # the largest of seq_lens, known on the host

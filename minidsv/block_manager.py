@@ -2,9 +2,8 @@
 
 from collections import deque
 
+from minidsv.kernels.constants import PAGE_SIZE
 from minidsv.request import Request
-
-PAGE_SIZE = 64
 
 
 def pages_for(num_tokens: int) -> int:

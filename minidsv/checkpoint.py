@@ -52,6 +52,8 @@ class WeightStore:
 
     def add(self, name: str, spec: TensorSpec, data: Tensor, scale: Tensor | None) -> None:
         """Place one tensor, dequantised or quantised as `quantization` asks."""
+        if scale is not None and ((data.view(torch.uint8) & 0x7F) == 0x7F).any():
+            raise CheckpointError(f"{name}: holds NaN; the file is damaged")
         keep_fp8 = spec.stays_fp8 and (
             self.quantization == "fp8" or (scale is not None and self.quantization == "auto")
         )

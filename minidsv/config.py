@@ -1,5 +1,4 @@
-"""ModelConfig: the `config.json` of a DeepSeek-V3.2-family checkpoint, checked, under its Hugging
-Face names.
+"""ModelConfig: the `config.json` of a DeepSeek-V3.2-family checkpoint, under its HF names.
 
 Accepted architectures: `deepseek_v32` (DeepSeek-V3.2, V3.2-Exp) and `glm_moe_dsa` (GLM-5, 5.1,
 5.2). Both spellings of RoPE are read (`rope_scaling` + `rope_theta`, and `rope_parameters`), and
@@ -14,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minidsv.config_fields import Fields
 from minidsv.errors import ConfigError
+from minidsv.kernels.constants import FP8_BLOCK
 
-FP8_BLOCK = 128
 ARCHITECTURES = {"deepseek_v32": "DeepseekV32ForCausalLM", "glm_moe_dsa": "GlmMoeDsaForCausalLM"}
-_POSITIVE = (
+_DIMS = (
     "vocab_size",
     "hidden_size",
     "num_hidden_layers",
@@ -49,6 +49,7 @@ _FIXED = {
     "tie_word_embeddings": False,
     "moe_layer_freq": 1,
     "rope_interleave": True,
+    "partial_rotary_factor": 1.0,
 }
 
 
@@ -63,15 +64,16 @@ class RopeConfig:
     beta_slow: float = 1.0
     mscale: float = 0.0
     mscale_all_dim: float = 0.0
+    attention_factor: float | None = None
     truncate: bool = True
 
     @property
     def cos_sin_scale(self) -> float:
-        """Multiplier of the cos/sin table; 1.0 for every released checkpoint (mscale equals
-        mscale_all_dim).
-        """
+        """Multiplier of the cos/sin table; 1.0 for every released checkpoint."""
         if self.factor is None:
             return 1.0
+        if self.attention_factor is not None:
+            return self.attention_factor
         if self.mscale and self.mscale_all_dim:
             return _mscale(self.factor, self.mscale) / _mscale(self.factor, self.mscale_all_dim)
         return _mscale(self.factor, 1.0)
@@ -122,8 +124,8 @@ class ModelConfig:
     indexer_types: tuple[str, ...]  # "full" or "shared", one a layer
     rope: RopeConfig
     num_nextn_predict_layers: int  # multi-token-prediction layers behind the last one; not loaded
+    fp8_weights: bool  # stored as FP8 128x128 blocks
     eos_token_ids: tuple[int, ...]
-    bos_token_id: int | None
 
     @property
     def qk_head_dim(self) -> int:
@@ -155,180 +157,118 @@ class ModelConfig:
             raise ConfigError(
                 f"{file}: no such file; give a checkpoint folder or a config.json"
             ) from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
             raise ConfigError(f"{file}: not a readable JSON file ({error})") from None
         return cls.from_hf(raw)
 
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any]) -> "ModelConfig":
         """Build from the mapping of a Hugging Face `config.json`; raises ConfigError."""
-        if not isinstance(raw, Mapping):
-            raise ConfigError(f"config.json: a JSON object is needed, got {type(raw).__name__}")
-        model_type = raw.get("model_type")
-        if model_type not in ARCHITECTURES:
-            raise ConfigError(
-                f"model_type: {model_type!r} is not supported; accepted: {sorted(ARCHITECTURES)}"
-            )
-        _check_architectures(raw, model_type)
+        fields = Fields(raw)
+        model_type = fields.choice("model_type", tuple(ARCHITECTURES))
+        fields.fixed("architectures", [ARCHITECTURES[model_type]])
         for name, accepted in _FIXED.items():
-            if raw.get(name, accepted) not in (accepted, None):
-                raise ConfigError(f"{name}: {raw[name]!r} is not supported; accepted: {accepted!r}")
-        _check_quantization(raw.get("quantization_config"))
-        dims: dict[str, Any] = {name: _positive_int(raw, name) for name in _POSITIVE}
+            fields.fixed(name, accepted)
+        dims: dict[str, Any] = {name: fields.integer(name) for name in _DIMS}
         layers = dims["num_hidden_layers"]
-        rms_norm_eps = _positive_float(raw, "rms_norm_eps")
+        rms_norm_eps = fields.number("rms_norm_eps")
+        is_glm = model_type == "glm_moe_dsa"
         config = cls(
             model_type=model_type,
             **dims,
-            first_k_dense_replace=_dense_layers(raw, layers),
-            norm_topk_prob=bool(_get(raw, "norm_topk_prob")),
-            routed_scaling_factor=_positive_float(raw, "routed_scaling_factor"),
+            first_k_dense_replace=_dense_layers(fields, layers),
+            norm_topk_prob=fields.boolean("norm_topk_prob"),
+            routed_scaling_factor=fields.number("routed_scaling_factor"),
             rms_norm_eps=rms_norm_eps,
-            latent_norm_eps=_positive_float(raw, "latent_norm_eps", rms_norm_eps),
-            indexer_rope_interleave=bool(
-                raw.get("indexer_rope_interleave", model_type == "glm_moe_dsa")
-            ),
-            indexer_types=_indexer_types(raw, layers),
-            rope=_rope(raw),
-            num_nextn_predict_layers=_nextn_layers(raw),
-            eos_token_ids=token_id_tuple(raw.get("eos_token_id")),
-            bos_token_id=raw.get("bos_token_id"),
+            latent_norm_eps=fields.number("latent_norm_eps", rms_norm_eps),
+            indexer_rope_interleave=fields.boolean("indexer_rope_interleave", is_glm),
+            indexer_types=_indexer_types(fields, layers, may_share=is_glm),
+            rope=_rope(fields),
+            # transformers drops the field; every release has one such layer
+            num_nextn_predict_layers=fields.integer("num_nextn_predict_layers", 1, least=0),
+            fp8_weights=_fp8_weights(fields),
+            eos_token_ids=fields.token_ids("eos_token_id"),
         )
         _check_dims(config)
         return config
 
 
-def _get(raw: Mapping[str, Any], name: str) -> Any:
-    if raw.get(name) is None:
-        raise ConfigError(f"{name}: missing from config.json")
-    return raw[name]
-
-
-def _positive_int(raw: Mapping[str, Any], name: str) -> int:
-    value = _get(raw, name)
-    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-        raise ConfigError(f"{name}: {value!r} is not a positive integer")
-    return value
-
-
-def _positive_float(raw: Mapping[str, Any], name: str, default: float | None = None) -> float:
-    value = default if raw.get(name) is None and default is not None else _get(raw, name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ConfigError(f"{name}: {value!r} is not a positive number")
-    return float(value)
-
-
-def token_id_tuple(value: Any) -> tuple[int, ...]:
-    """`eos_token_id` as a tuple: null, one id, or a list of ids."""
-    ids = [] if value is None else value if isinstance(value, list) else [value]
-    if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
-        raise ConfigError(f"eos_token_id: {value!r} is not a token id or a list of them")
-    return tuple(ids)
-
-
-def _check_architectures(raw: Mapping[str, Any], model_type: str) -> None:
-    names = raw.get("architectures") or [ARCHITECTURES[model_type]]
-    if names != [ARCHITECTURES[model_type]]:
-        raise ConfigError(
-            f"architectures: {names!r} is not supported; accepted: {[ARCHITECTURES[model_type]]}"
-        )
-
-
-def _check_quantization(quantization: Any) -> None:
-    if quantization is None:
-        return
-    if not isinstance(quantization, Mapping):
-        raise ConfigError(f"quantization_config: {quantization!r} is not a JSON object")
-    method, block = quantization.get("quant_method"), quantization.get("weight_block_size")
-    if (
-        method != "fp8"
-        or block != [FP8_BLOCK, FP8_BLOCK]
-        or quantization.get("fmt", "e4m3") != "e4m3"
+def _fp8_weights(fields: Fields) -> bool:
+    if not fields.has("quantization_config"):
+        return False
+    quantization = fields.object("quantization_config")
+    for name, accepted in (
+        ("quant_method", "fp8"),
+        ("fmt", "e4m3"),
+        ("weight_block_size", [FP8_BLOCK, FP8_BLOCK]),
     ):
-        raise ConfigError(
-            f"quantization_config: quant_method {method!r} with weight_block_size {block!r} is not "
-            f"supported; accepted: 'fp8', fmt 'e4m3', blocks of [{FP8_BLOCK}, {FP8_BLOCK}]"
-        )
+        value = quantization.raw.get(name)
+        if value != accepted and not (name == "fmt" and value is None):
+            raise ConfigError(
+                f"quantization_config.{name}: {value!r} is not supported; accepted: {accepted!r}"
+            )
+    return True
 
 
-def _dense_layers(raw: Mapping[str, Any], layers: int) -> int:
-    """Number of leading dense layers, from first_k_dense_replace or mlp_layer_types (which must
-    agree).
-    """
-    types = raw.get("mlp_layer_types")
-    dense = raw.get("first_k_dense_replace")
-    if dense is None:
-        dense = list(types).count("dense") if types else _get(raw, "first_k_dense_replace")
-    if isinstance(dense, bool) or not isinstance(dense, int) or dense < 0:
-        raise ConfigError(f"first_k_dense_replace: {dense!r} is not a non-negative integer")
-    dense = min(dense, layers)
-    expected = ["dense"] * dense + ["sparse"] * (layers - dense)
-    if types is not None and list(types) != expected:
+def _dense_layers(fields: Fields, layers: int) -> int:
+    """Number of leading dense layers: first_k_dense_replace, or by mlp_layer_types."""
+    types = fields.strings("mlp_layer_types") if fields.has("mlp_layer_types") else None
+    default = None if types is None else types.count("dense")
+    dense = fields.integer("first_k_dense_replace", default, least=0)
+    if dense > layers:
+        raise ConfigError(f"first_k_dense_replace: {dense} is more than {layers} layers")
+    if types not in (None, ["dense"] * dense + ["sparse"] * (layers - dense)):
         raise ConfigError(
-            f"mlp_layer_types: {types!r} does not match "
-            f"first_k_dense_replace {dense} of {layers} layers"
+            f"mlp_layer_types: {types!r} does not match first_k_dense_replace {dense} of "
+            f"{layers} layers"
         )
     return dense
 
 
-def _nextn_layers(raw: Mapping[str, Any]) -> int:
-    """Multi-token-prediction layers; where the field is absent (transformers drops it), one."""
-    value = raw.get("num_nextn_predict_layers")
-    if value is None:
-        return 1
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ConfigError(f"num_nextn_predict_layers: {value!r} is not a non-negative integer")
-    return value
-
-
-def _indexer_types(raw: Mapping[str, Any], layers: int) -> tuple[str, ...]:
+def _indexer_types(fields: Fields, layers: int, may_share: bool) -> tuple[str, ...]:
     """Which layers own an indexer ("full") and which reuse the last one's choice ("shared")."""
-    if raw.get("indexer_types") is not None:
-        field, types = "indexer_types", list(raw["indexer_types"])
-    elif raw.get("index_topk_pattern") is not None:
-        field, pattern = "index_topk_pattern", raw["index_topk_pattern"]
+    if fields.has("indexer_types"):
+        field, types = "indexer_types", fields.strings("indexer_types")
+    elif fields.has("index_topk_pattern"):
+        field, pattern = "index_topk_pattern", fields.raw["index_topk_pattern"]
+        if not isinstance(pattern, str):
+            pattern = fields.strings(field)
         types = [{"F": "full", "S": "shared"}.get(letter, letter) for letter in pattern]
     else:
         field = "index_topk_freq"
-        freq = raw.get("index_topk_freq") or 1
-        offset = raw.get("index_skip_topk_offset")
-        offset = 2 if offset is None else offset
+        freq = fields.integer(field, 1)
+        offset = fields.integer("index_skip_topk_offset", 2, least=0)
         types = ["full" if max(i - offset + 1, 0) % freq == 0 else "shared" for i in range(layers)]
     if len(types) != layers or not set(types) <= {"full", "shared"} or types[0] != "full":
         raise ConfigError(
             f"{field}: {types!r} is not a list of {layers} of 'full' or 'shared' "
             "that starts with 'full'"
         )
-    if raw["model_type"] == "deepseek_v32" and "shared" in types:
+    if not may_share and "shared" in types:
         raise ConfigError(f"{field}: deepseek_v32 has an indexer in every layer; got {types!r}")
     return tuple(types)
 
 
-def _rope(raw: Mapping[str, Any]) -> RopeConfig:
-    given = dict(raw.get("rope_scaling") or {}) | dict(raw.get("rope_parameters") or {})
-    theta = given.get("rope_theta", raw.get("rope_theta"))
-    if theta is None:
-        raise ConfigError(
-            "rope_theta: missing from config.json (looked in rope_parameters and at the top level)"
-        )
-    theta = _positive_float({"rope_theta": theta}, "rope_theta")
-    kind = given.get("rope_type", given.get("type", "default"))
-    if kind not in ("default", "yarn"):
-        raise ConfigError(f"rope_type: {kind!r} is not supported; accepted: 'default', 'yarn'")
-    for name in ("attention_factor", "partial_rotary_factor"):
-        if given.get(name) not in (None, 1.0):
-            raise ConfigError(f"{name}: {given[name]!r} is not supported; accepted: absent or 1.0")
+def _rope(fields: Fields) -> RopeConfig:
+    scaling, parameters = fields.object("rope_scaling").raw, fields.object("rope_parameters").raw
+    given = {name: value for name, value in scaling.items() if value is not None}
+    given |= {name: value for name, value in parameters.items() if value is not None}
+    rope = Fields({"rope_theta": fields.raw.get("rope_theta"), **given})
+    theta = rope.number("rope_theta")
+    rope.fixed("partial_rotary_factor", 1.0)
+    kind = rope.choice("rope_type", ("default", "yarn"), given.get("type", "default"))
     if kind == "default":
         return RopeConfig(theta)
     return RopeConfig(
         theta,
-        factor=_positive_float(given, "factor"),
-        original_max_position_embeddings=_positive_int(given, "original_max_position_embeddings"),
-        beta_fast=_positive_float(given, "beta_fast", 32.0),
-        beta_slow=_positive_float(given, "beta_slow", 1.0),
-        mscale=float(given.get("mscale") or 0.0),
-        mscale_all_dim=float(given.get("mscale_all_dim") or 0.0),
-        truncate=bool(given.get("truncate", True)),
+        factor=rope.number("factor"),
+        original_max_position_embeddings=rope.integer("original_max_position_embeddings"),
+        beta_fast=rope.number("beta_fast", 32.0),
+        beta_slow=rope.number("beta_slow", 1.0),
+        mscale=rope.number_or_zero("mscale"),
+        mscale_all_dim=rope.number_or_zero("mscale_all_dim"),
+        attention_factor=rope.number("attention_factor") if rope.has("attention_factor") else None,
+        truncate=rope.boolean("truncate", True),
     )
 
 

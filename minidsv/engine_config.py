@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from minidsv.errors import ConfigError
+from minidsv.request import MAX_INT
 
 
 def _option(default: Any, help: str, *choices: str) -> Any:
@@ -41,18 +42,16 @@ class EngineConfig:
             value, choices = getattr(self, option.name), option.metadata["choices"]
             if choices and value not in choices:
                 raise ConfigError(f"{option.name}: {value!r} is not one of {list(choices)}")
-        for name in (
-            "max_model_len",
-            "max_num_seqs",
-            "max_num_batched_tokens",
-            "num_pages",
-            "seed",
-        ):
-            value, least = getattr(self, name), 0 if name == "seed" else 1
-            if value is None and name in ("max_model_len", "num_pages"):
+            if value is None and option.default is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ConfigError(f"{name}: {value!r} is not an integer of at least {least}")
+            if isinstance(option.default, str) or option.name == "model":
+                if not isinstance(value, str):
+                    raise ConfigError(f"{option.name}: {value!r} is not a string")
+                continue
+            least = 0 if option.name == "seed" else 1
+            number = isinstance(value, int) and not isinstance(value, bool)
+            if not number or not least <= value <= MAX_INT:
+                raise ConfigError(f"{option.name}: {value!r} is not an integer of at least {least}")
 
 
 def bundled_model() -> Path:

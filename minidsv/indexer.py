@@ -59,16 +59,14 @@ class Indexer:
         q = self._rope_first(q, rope)
         gate = gate_gemm(x, self.weights_proj) * c.index_n_heads**-0.5
         if self.cache.dtype == torch.uint8:
-            q8, q_scale = rotate_quantize(q)
+            q, q_scale = rotate_quantize(q)
+            gate = apply_q_scale_and_softmax_scale(gate, q_scale, c.index_head_dim**-0.5)
         else:
-            q8, q_scale = q, gate.new_ones(1)
-        gate = apply_q_scale_and_softmax_scale(gate, q_scale, c.index_head_dim**-0.5)
+            gate = gate * c.index_head_dim**-0.5
         rows = max(1, _CHUNK_ELEMENTS // (c.index_n_heads * step.max_seq_len))
         chunks = [
-            self._select_rows(
-                q8[i : i + rows].float(), gate[i : i + rows], step, slice(i, i + rows)
-            )
-            for i in range(0, q8.shape[0], rows)
+            self._select_rows(q[i : i + rows].float(), gate[i : i + rows], step, slice(i, i + rows))
+            for i in range(0, q.shape[0], rows)
         ]
         return torch.cat(chunks)
 

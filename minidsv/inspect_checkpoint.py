@@ -12,6 +12,7 @@ from minidsv.checkpoint import Checkpoint
 from minidsv.config import ModelConfig
 from minidsv.errors import ConfigError
 from minidsv.kv_cache import bytes_per_token, index_bytes, latent_bytes
+from minidsv.resolve import check_cache_dtypes
 from minidsv.roofline import GPUS, decode_cost, distinct_experts, spec_bytes, step_seconds
 from minidsv.tensor_table import tensor_table
 
@@ -41,6 +42,7 @@ def show(
     if gpu not in GPUS:
         raise ConfigError(f"gpu: {gpu!r} is not one of {sorted(GPUS)}")
     config = ModelConfig.from_path(path)
+    check_cache_dtypes(config, kv_cache_dtype, index_cache_dtype)
     console.print(_summary(path, config), markup=False, highlight=False)
     if path.is_dir():
         count = len(Checkpoint(path, config).table)
@@ -75,19 +77,13 @@ experts: {c.n_routed_experts} routed in {c.n_group} groups ({c.topk_group} kept)
 
 
 def _caches(config: ModelConfig) -> Table:
-    table = Table(title="Cache bytes a token")
-    for heading in (
-        "kv_cache_dtype",
-        "index_cache_dtype",
-        "latent / layer",
-        "index / layer",
-        "all layers",
-    ):
+    table = Table(title="Cache bytes a token (kv_cache_dtype, index_cache_dtype)")
+    for heading in ("latent", "indexer", "latent a layer", "indexer a layer", "all layers"):
         table.add_column(heading, justify="right")
     for kv, index in _CACHES:
-        if (kv == "fp8" and config.kv_lora_rank % 128) or (
-            index == "fp8" and config.index_head_dim != 128
-        ):
+        try:
+            check_cache_dtypes(config, kv, index)
+        except ConfigError:
             continue
         numbers = (
             latent_bytes(config, kv),
@@ -112,9 +108,8 @@ def _card(
     peak = GPUS[gpu]
     seconds = step_seconds(costs, peak)
     table = Table(
-        title=f"A decode step: batch {batch}, context {context}, {'FP8' if fp8 else 'BF16'} "
-        "weights, "
-        f"{kv} latent and {index} indexer cache, on {gpu} ({peak.bandwidth / 1e12:.2f} TB/s)",
+        title=f"A decode step on {gpu} ({peak.bandwidth / 1e12:.2f} TB/s): batch {batch}, context "
+        f"{context}, {'FP8' if fp8 else 'BF16'} weights, {kv} latent and {index} indexer cache",
         caption=f"floor {seconds * 1e6:,.0f} us a step, {batch / seconds:,.0f} tokens/s; "
         f"{distinct_experts(config, batch):.1f} distinct experts a layer (uniform routing)",
     )

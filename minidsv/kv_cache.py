@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minidsv.block_manager import PAGE_SIZE
 from minidsv.config import ModelConfig
+from minidsv.kernels.constants import PAGE_SIZE
 from minidsv.kernels.index_cache import fp8_page_bytes
 from minidsv.kernels.set_mla_kv_buffer import fp8_row_bytes
 

@@ -103,6 +103,8 @@ class LLM:
 
     def prompt_logits(self, token_ids: Sequence[int]) -> Tensor:
         """fp32 logits [len(token_ids), vocab] of one forward over the prompt."""
+        if not isinstance(token_ids, Sequence) or isinstance(token_ids, str | bytes):
+            raise RequestError("token_ids", f"{token_ids!r} is not a list of token ids")
         return self.engine.prompt_logits(list(token_ids))
 
     def close(self) -> None:
@@ -115,6 +117,10 @@ class LLM:
         items = _as_list(prompts)
         if params is None or isinstance(params, SamplingParams):
             params = [params or SamplingParams()] * len(items)
+        if not isinstance(params, Sequence) or not all(
+            isinstance(one, SamplingParams) for one in params
+        ):
+            raise RequestError("sampling_params", f"{params!r} is not SamplingParams or a list")
         if len(params) != len(items):
             raise RequestError("sampling_params", f"{len(params)} given for {len(items)} prompts")
         engine = self.engine

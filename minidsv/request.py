@@ -4,6 +4,7 @@ torch in here.
 
 import enum
 import reprlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,7 @@ from minidsv.errors import RequestError
 MAX_STOP_STRINGS = 16
 SEED_BITS = 63
 MAX_INT = 2**63 - 1
-MAX_NUMBER = 1e9
+MAX_NUMBER = 1e6
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class SamplingParams:
     on bad values.
 
     max_tokens      most tokens to generate; None: as many as the context holds
-    temperature     0 is greedy
+    temperature     0 is greedy (as is anything below 1e-5)
     top_p, top_k    keep the smallest set of tokens whose probability reaches top_p / the top_k best
                     (0: all)
     seed            draws depend on (seed, output position) alone; None: taken from the engine's
@@ -41,8 +42,8 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int = 0
     seed: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop: str | Sequence[str] | None = None
+    stop_token_ids: Sequence[int] | None = None
     ignore_eos: bool = False
     min_tokens: int = 0
     logprobs: int | None = None
@@ -81,6 +82,9 @@ class SamplingParams:
             raise RequestError("stop_token_ids", f"{self.stop_token_ids!r} is not a list")
         for token in self.stop_token_ids or ():
             _check_int("stop_token_ids", token, 0)
+        for name in ("stop", "stop_token_ids"):  # frozen: the caller's list may change
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

@@ -2,15 +2,15 @@
 cannot do.
 """
 
-import os
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from minidsv.config import ModelConfig
 from minidsv.engine_config import EngineConfig
 from minidsv.errors import ConfigError
-from minidsv.kernels.quant import BLOCK
+from minidsv.kernels.constants import FP8_BLOCK
 
 
 def resolve(config: EngineConfig, model: ModelConfig) -> EngineConfig:
@@ -36,7 +36,7 @@ def resolve(config: EngineConfig, model: ModelConfig) -> EngineConfig:
         backend="torch",
         max_model_len=max_model_len,
     )
-    _check_cache_dtypes(resolved, model)
+    check_cache_dtypes(model, resolved.kv_cache_dtype, resolved.index_cache_dtype)
     if max_model_len > model.max_position_embeddings:
         raise ConfigError(
             f"max_model_len: {max_model_len} is more than the model's "
@@ -76,15 +76,16 @@ def _refuse_unbuilt(config: EngineConfig) -> None:
             raise ConfigError(f"{name}: {value!r} is not available: {why}")
 
 
-def _check_cache_dtypes(config: EngineConfig, model: ModelConfig) -> None:
-    if config.kv_cache_dtype == "fp8" and model.kv_lora_rank % BLOCK:
+def check_cache_dtypes(model: ModelConfig, kv_cache_dtype: str, index_cache_dtype: str) -> None:
+    """Raise ConfigError if this model's rows have no such layout."""
+    if kv_cache_dtype == "fp8" and model.kv_lora_rank % FP8_BLOCK:
         raise ConfigError(
-            f"kv_cache_dtype: 'fp8' needs a kv_lora_rank that is a multiple of {BLOCK}, this "
+            f"kv_cache_dtype: 'fp8' needs a kv_lora_rank that is a multiple of {FP8_BLOCK}, this "
             f"model has {model.kv_lora_rank}; accepted here: 'float32', 'bfloat16', 'fp8_flat'"
         )
-    if config.index_cache_dtype == "fp8" and model.index_head_dim != BLOCK:
+    if index_cache_dtype == "fp8" and model.index_head_dim != FP8_BLOCK:
         raise ConfigError(
-            f"index_cache_dtype: 'fp8' needs index_head_dim {BLOCK}, this model has "
+            f"index_cache_dtype: 'fp8' needs index_head_dim {FP8_BLOCK}, this model has "
             f"{model.index_head_dim}; accepted here: 'float32', 'bfloat16'"
         )
 
@@ -93,4 +94,8 @@ def free_memory(device: str) -> int:
     """Bytes that the page pool may count on: free device memory, or what the host has available."""
     if device != "cpu":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(1024 * int(x.split()[1]) for x in lines if x.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return 16 << 30  # not Linux: assume a laptop's

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from minidsv.batch import StepBatch
-from minidsv.block_manager import PAGE_SIZE, pages_for
+from minidsv.block_manager import pages_for
 from minidsv.checkpoint import Weight
 from minidsv.config import ModelConfig
 from minidsv.engine_config import EngineConfig
 from minidsv.errors import ConfigError
+from minidsv.kernels.constants import PAGE_SIZE
 from minidsv.kv_cache import KVCache, bytes_per_token
 from minidsv.model import DeepseekV32
 from minidsv.resolve import free_memory
@@ -56,13 +57,18 @@ class ModelRunner:
             model_config, config.kv_cache_dtype, config.index_cache_dtype
         )
         self.num_pages = config.num_pages or self._default_pages(config, config.max_model_len)
-        self.cache = KVCache.allocate(
-            model_config,
-            self.num_pages,
-            config.kv_cache_dtype,
-            config.index_cache_dtype,
-            self.device,
-        )
+        try:
+            self.cache = KVCache.allocate(
+                model_config,
+                self.num_pages,
+                config.kv_cache_dtype,
+                config.index_cache_dtype,
+                self.device,
+            )
+        except RuntimeError:  # torch's allocators on CPU and CUDA
+            raise ConfigError(
+                f"num_pages: {self.num_pages} pages of {self.page_bytes} bytes do not fit in memory"
+            ) from None
         self.model = DeepseekV32(model_config, weights, self.cache, config.max_model_len)
 
     def _default_pages(self, config: EngineConfig, max_model_len: int) -> int:
@@ -101,7 +107,6 @@ class ModelRunner:
         positions: list[int] = []
         slots: list[int] = []
         request_index: list[int] = []
-        query_start = [0]
         for row, chunk in enumerate(chunks):
             pages = chunk.request.page_ids
             span = range(chunk.start, chunk.end)
@@ -109,7 +114,6 @@ class ModelRunner:
             positions += span
             slots += [pages[p // PAGE_SIZE] * PAGE_SIZE + p % PAGE_SIZE for p in span]
             request_index += [row] * chunk.num_tokens
-            query_start.append(len(input_ids))
         width = max(len(chunk.request.page_ids) for chunk in chunks)
         table = [c.request.page_ids + [0] * (width - len(c.request.page_ids)) for c in chunks]
         position_tensor = self._tensor(positions)
@@ -119,7 +123,6 @@ class ModelRunner:
             slot_mapping=self._tensor(slots),
             seq_lens=position_tensor + 1,
             request_index=self._tensor(request_index),
-            query_start=self._tensor(query_start),
             block_table=torch.tensor(table, dtype=torch.int64, device=self.device),
             logits_index=self._tensor(logits_index),
             max_seq_len=max(chunk.end for chunk in chunks),

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from minidsv.request import Request
 
+MIN_TEMPERATURE = 1e-5  # anything colder is greedy
 _MASK32 = 0xFFFFFFFF
 
 
@@ -44,7 +45,7 @@ class SamplingBatch:
     ) -> "SamplingBatch":
         """Collect the parameters of `requests`, one row each."""
         params = [r.params for r in requests]
-        draws = [p.temperature > 0 for p in params]
+        draws = [p.temperature >= MIN_TEMPERATURE for p in params]
         banned = [
             (row, token)
             for row, request in enumerate(requests)
@@ -66,10 +67,14 @@ class SamplingBatch:
         pairs = torch.tensor(banned, dtype=torch.int64, device=device).view(-1, 2)
         return cls(
             greedy=not any(draws),
-            temperature=torch.tensor([p.temperature or 1.0 for p in params], device=device),
-            draws=torch.tensor(draws, device=device),
+            temperature=torch.tensor(
+                [p.temperature if draw else 1.0 for p, draw in zip(params, draws, strict=True)],
+                dtype=torch.float32,
+                device=device,
+            ),
+            draws=torch.tensor(draws, dtype=torch.bool, device=device),
             top_k=integers[0],
-            top_p=torch.tensor([p.top_p for p in params], device=device),
+            top_p=torch.tensor([p.top_p for p in params], dtype=torch.float32, device=device),
             filters=any(
                 d and (p.top_p < 1 or 0 < p.top_k < vocab_size)
                 for d, p in zip(draws, params, strict=True)

@@ -10,7 +10,8 @@ loses its pages and is computed again later.
 from collections import deque
 from dataclasses import dataclass
 
-from minidsv.block_manager import PAGE_SIZE, BlockManager
+from minidsv.block_manager import BlockManager
+from minidsv.kernels.constants import PAGE_SIZE
 from minidsv.request import Request, Status
 
 MAX_LOGIT_ROWS = 1024  # prompt positions whose logits one step may compute for prompt_logprobs
@@ -55,7 +56,7 @@ class Scheduler:
         """Remove a request, wherever it is, and free its pages."""
         if request.status is Status.RUNNING:
             self.running.remove(request)
-        elif request.status is Status.WAITING:
+        elif request in self.waiting:
             self.waiting.remove(request)
         self.block_manager.free(request)
         request.status = Status.FINISHED
@@ -133,6 +134,7 @@ class _Budget:
         return min(size, max(1, self.logit_rows)) if self._wants_rows(request) else size
 
     def take(self, request: Request, size: int) -> Chunk:
+        assert size > 0, f"{request.request_id} has nothing to compute"
         self.tokens -= size
         if self._wants_rows(request):
             self.logit_rows -= size

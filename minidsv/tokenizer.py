@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tokenizers.decoders import DecodeStream
 
-from minidsv.config import token_id_tuple
+from minidsv.config_fields import Fields
 from minidsv.errors import CheckpointError, RequestError
 
 _CONTEXT = (
@@ -23,8 +23,10 @@ class Tokenizer:
         from transformers import AutoTokenizer
 
         try:
-            hf = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
+            hf = AutoTokenizer.from_pretrained(
+                str(folder), local_files_only=True, trust_remote_code=False
+            )
+        except Exception as error:  # whatever its parsers raise on a damaged file
             raise CheckpointError(
                 f"{folder}: no tokenizer that transformers can load: {error}"
             ) from None
@@ -33,7 +35,7 @@ class Tokenizer:
         self.backend = hf.backend_tokenizer
         self.backend.no_truncation()
         self.backend.no_padding()
-        self.size = len(hf)
+        self.size = 1 + max(self.backend.get_vocab(with_added_tokens=True).values())  # with gaps
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, with the special tokens that the tokenizer adds (BOS)."""
@@ -60,47 +62,49 @@ class Tokenizer:
 
 
 class DetokenizerStream:
-    """Text of a growing sequence: each `push` returns what the new token completes, `flush` what
-    never completed.
+    """Text of a growing sequence: `push` returns what a token completes, `flush` what is left.
 
-    The pieces join to the decoding of all tokens; bytes of an unfinished character appear, as
-    U+FFFD, in `flush` only.
+    The pieces join to the decoding of all tokens (but for how many U+FFFD stand for bytes that are
+    no UTF-8); an unfinished character appears, as U+FFFD, in `flush` only.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_token_ids: list[int]):
         self._tokenizer = tokenizer
         self._stream = DecodeStream(skip_special_tokens=True)
         self._pending: list[int] = []  # tokens since the last piece of text
+        self._last: list[int] = []  # the token that completed it
         context = prompt_token_ids[-_CONTEXT:]
-        if not tokenizer.decode(context).endswith(
-            _BROKEN
-        ):  # else the prompt's half character would leak
-            for token in context:
-                self._step(token)
-            self._pending.clear()
+        while context and tokenizer.decode(context).endswith(_BROKEN):
+            context.pop()  # the prompt's half character is not the output's
+        for token in context:
+            self.push(token)
+        self._pending.clear()
 
     def push(self, token_id: int) -> str:
+        if token_id >= self._tokenizer.size:
+            return ""
         self._pending.append(token_id)
-        text = self._step(token_id)
+        try:
+            text = self._stream.step(self._tokenizer.backend, token_id) or ""
+        except Exception:  # tokenizers' own, bare: the bytes so far changed their meaning
+            text = self._restart()
         if text:
             self._pending.clear()
+            self._last = [token_id]
         return text
+
+    def _restart(self) -> str:
+        """The text of the pending tokens after the last one, and a new stream behind them."""
+        decode = self._tokenizer.decode
+        before, whole = decode(self._last), decode([*self._last, *self._pending])
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._stream.step(self._tokenizer.backend, self._pending[-1])
+        return whole.removeprefix(before) if whole.startswith(before) else decode(self._pending)
 
     def flush(self) -> str:
         text = self._tokenizer.decode(self._pending)
         self._pending.clear()
         return text
-
-    def _step(self, token_id: int) -> str:
-        if token_id >= self._tokenizer.size:
-            return ""
-        try:
-            return self._stream.step(self._tokenizer.backend, token_id) or ""
-        except (
-            Exception
-        ):  # tokenizers raises a bare Exception ("Invalid prefix encountered"): start afresh
-            self._stream = DecodeStream(skip_special_tokens=True)
-            return self._tokenizer.decode([token_id])
 
 
 def eos_token_ids(folder: Path, fallback: tuple[int, ...]) -> tuple[int, ...]:
@@ -109,7 +113,7 @@ def eos_token_ids(folder: Path, fallback: tuple[int, ...]) -> tuple[int, ...]:
     if not file.exists():
         return fallback
     try:
-        ids = token_id_tuple(json.loads(file.read_text(encoding="utf-8")).get("eos_token_id"))
-    except (OSError, ValueError, AttributeError) as error:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: cannot be read: {error}") from None
-    return ids or fallback
+    return Fields(raw, file.name).token_ids("eos_token_id") or fallback

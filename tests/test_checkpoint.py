@@ -155,6 +155,12 @@ def wrong_scale_shape(tensors: Tensors) -> None:
     tensors[name + "_scale_inv"] = scale[:1]
 
 
+def nan_code(tensors: Tensors) -> None:
+    name = "model.layers.0.self_attn.o_proj.weight"
+    tensors[name], tensors[name + "_scale_inv"] = quantize_fp8_blocks(tensors[name])
+    tensors[name].view(torch.uint8)[3, 5] = 0xFF
+
+
 def one_expert_in_fp8(tensors: Tensors) -> None:
     name = "model.layers.1.mlp.experts.3.up_proj.weight"
     tensors[name], tensors[name + "_scale_inv"] = quantize_fp8_blocks(tensors[name])
@@ -171,6 +177,7 @@ def one_expert_in_fp8(tensors: Tensors) -> None:
         (no_scale, r"o_proj\.weight: dtype F8_E4M3 without .*weight_scale_inv"),
         (scale_without_fp8, r"o_proj\.weight: dtype F32 with .*weight_scale_inv"),
         (wrong_scale_shape, r"kv_a_proj_with_mqa\.weight_scale_inv: .*\(1, 1\).*\(2, 1\)"),
+        (nan_code, r"o_proj\.weight: holds NaN"),
         (one_expert_in_fp8, r"experts\.3\.up_proj\.weight: its neighbours"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

@@ -97,6 +97,11 @@ def test_hf_saved_fields() -> None:
     types = ["dense"] * 3 + ["sparse"] * 58
     config = changed(V32, first_k_dense_replace="absent", mlp_layer_types=types, head_dim=64)
     assert config.first_k_dense_replace == 3
+    assert changed(V32, num_nextn_predict_layers="absent").num_nextn_predict_layers == 1
+    assert changed(V32, num_nextn_predict_layers=0).num_nextn_predict_layers == 0
+    assert changed(GLM52, indexer_rope_interleave=None).indexer_rope_interleave
+    assert not changed(GLM52, indexer_rope_interleave=False).indexer_rope_interleave
+    assert changed(V32, rope_scaling={**V32["rope_scaling"], "rope_type": None}).rope.factor == 40
     assert config.qk_head_dim == 192
 
 
@@ -104,7 +109,8 @@ def test_hf_saved_fields() -> None:
     ("fields", "names"),
     [
         ({"model_type": "llama"}, ["model_type", "llama", "deepseek_v32"]),
-        ({"model_type": "absent"}, ["model_type", "None"]),
+        ({"model_type": "absent"}, ["model_type", "missing"]),
+        ({"model_type": []}, ["model_type", "[]"]),
         ({"architectures": ["LlamaForCausalLM"]}, ["architectures", "DeepseekV32ForCausalLM"]),
         ({"kv_lora_rank": "absent"}, ["kv_lora_rank", "missing"]),
         ({"hidden_size": "wide"}, ["hidden_size", "wide"]),
@@ -127,6 +133,22 @@ def test_hf_saved_fields() -> None:
         ({"index_topk_freq": 4, "index_skip_topk_offset": 3}, ["index_topk_freq", "deepseek_v32"]),
         ({"mlp_layer_types": ["dense"] * 61}, ["mlp_layer_types", "first_k_dense_replace"]),
         ({"eos_token_id": "1"}, ["eos_token_id", "1"]),
+        ({"norm_topk_prob": "false"}, ["norm_topk_prob", "'false'"]),
+        ({"rope_scaling": "yarn"}, ["rope_scaling", "yarn", "object"]),
+        ({"rope_scaling": {**V32["rope_scaling"], "mscale": float("nan")}}, ["mscale", "nan"]),
+        ({"rope_scaling": {**V32["rope_scaling"], "mscale": "a"}}, ["mscale", "'a'"]),
+        ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor", "0.5", "1.0"]),
+        ({"mlp_layer_types": 3}, ["mlp_layer_types", "3"]),
+        ({"indexer_types": [["full"]]}, ["indexer_types", "full"]),
+        ({"index_topk_pattern": 3}, ["index_topk_pattern", "3"]),
+        ({"index_topk_freq": "4"}, ["index_topk_freq", "'4'"]),
+        ({"index_topk_freq": -1}, ["index_topk_freq", "-1"]),
+        ({"num_nextn_predict_layers": True}, ["num_nextn_predict_layers", "True"]),
+        ({"first_k_dense_replace": 99}, ["first_k_dense_replace", "99", "61"]),
+        (
+            {"quantization_config": {**V32["quantization_config"], "fmt": "e5m2"}},
+            ["quantization_config.fmt", "e5m2", "e4m3"],
+        ),
         ({"eos_token_id": 129280}, ["eos_token_id", "129280"]),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -161,6 +183,9 @@ def test_unreadable_files(tmp_path: Path) -> None:
         ("seed", -1),
         ("device", "tpu"),
         ("device", "cuda:99"),
+        ("device", None),
+        ("model", 5),
+        ("seed", 2**64),
         ("pdl", "on"),
         ("cuda_graph", "on"),
         ("backend", "flashinfer"),

@@ -13,6 +13,7 @@ import torch
 from builders import hf_logits, prompt
 from minidsv import LLM, SamplingParams
 from minidsv.engine import StepOutput
+from minidsv.engine_config import bundled_model
 from minidsv.errors import ConfigError, RequestError
 from minidsv.llm import CompletionOutput
 from minidsv.runner import StepResult
@@ -183,6 +184,11 @@ def test_prompt_forms(llm: LLM) -> None:
         ("x", {"logprobs": 5000}, ["logprobs", "5000", "1280"]),
         ("x", {"temperature": -1}, ["temperature", "-1"]),
         ("x", {"temperature": math.nan}, ["temperature", "nan"]),
+        ("x", {"temperature": 1e39}, ["temperature", "1e+39"]),
+        ("x", {"temperature": 10**400}, ["temperature"]),
+        ("x", {"stop": 5}, ["stop", "5"]),
+        ("x", {"stop": {"a": 1}}, ["stop", "'a'"]),
+        ("x", {"stop_token_ids": 5}, ["stop_token_ids", "5"]),
         ("x", {"top_p": 0}, ["top_p", "0"]),
         ("x", {"top_p": 1.5}, ["top_p", "1.5"]),
         ("x", {"top_k": -1}, ["top_k", "-1"]),
@@ -206,9 +212,48 @@ def test_refusals(prompts: Any, params: dict[str, Any], words: list[str], llm: L
         assert word in str(error.value)
 
 
+@pytest.mark.parametrize("params", [5, {"max_tokens": 5}, [None], [SamplingParams()] * 2])
+def test_wrong_sampling_params(params: Any, llm: LLM) -> None:
+    with pytest.raises(RequestError, match="sampling_params"):
+        llm.generate("x", params)
+
+
+def test_an_interrupted_step_hurts_nobody_else(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """KeyboardInterrupt while the first request's text is made: the second's tokens stay right."""
+    engine, params = llm.engine, SamplingParams(max_tokens=6, ignore_eos=True)
+    want = llm.generate([7, 8], params)[0].outputs[0].token_ids
+    first, second = engine.make_request([5, 6], params), engine.make_request([7, 8], params)
+    engine.add(first)
+    engine.add(second)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._texts[first], "push", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+    engine.abort(first)
+    while engine.has_work:
+        engine.step()
+    assert second.output_token_ids == want
+
+
+def test_a_pool_that_fits_no_memory() -> None:
+    with pytest.raises(ConfigError, match=r"num_pages: 1000000000000 pages"):
+        LLM(load_format="random", num_pages=10**12)
+
+
+def test_a_config_file_needs_random_weights() -> None:
+    config = str(bundled_model() / "config.json")
+    with pytest.raises(ConfigError, match=r"config\.json is not a folder"):
+        LLM(config)
+    assert LLM(config, load_format="random", num_pages=1).generate("x")
+
+
 def test_a_request_that_fits_no_pool() -> None:
     small = LLM(load_format="random", num_pages=2)
-    with pytest.raises(RequestError, match=r"120 prompt tokens \+ 9 .*3 pages.*has 2"):
+    with pytest.raises(RequestError, match=r"120 prompt tokens \+ 9 .*129.*2 pages of 64 hold 128"):
         small.generate([5] * 120, SamplingParams(max_tokens=9))
     assert len(small.generate([5] * 120, SamplingParams(max_tokens=8, ignore_eos=True))) == 1
     whole = small.generate([5] * 120, SamplingParams(max_tokens=None, ignore_eos=True))[0]
@@ -282,3 +327,5 @@ def test_prompt_logits_shape_and_limits(llm: LLM) -> None:
     assert llm.prompt_logits([3] * 600).dtype == torch.float32
     with pytest.raises(RequestError, match=r"601.*600"):
         llm.prompt_logits([3] * 601)
+    with pytest.raises(RequestError, match="token_ids"):
+        llm.prompt_logits(5)  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from builders import (
+    FAMILY,
     boundary_gaps,
     hf_greedy,
     hf_logits,
@@ -87,6 +88,8 @@ DIMS: list[dict[str, Any]] = [
     {"kv_lora_rank": 64, "q_lora_rank": 40, "qk_nope_head_dim": 32, "v_head_dim": 48},
     {"qk_rope_head_dim": 32, "index_topk": 16, "first_k_dense_replace": 2},
     {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    {"index_topk": 1, "first_k_dense_replace": 0, "norm_topk_prob": False, "kv_lora_rank": 256},
+    {"n_group": 4, "topk_group": 4, "n_shared_experts": 3, "first_k_dense_replace": 3},
 ]
 
 
@@ -97,6 +100,26 @@ def test_other_dims_and_seeds(family: str, seed: int, tmp_path: Path) -> None:
     use_rms_norm_eps_for_latents(model)
     llm = LLM(str(save(model, tmp_path / "model")), num_pages=8, max_num_batched_tokens=64)
     ids = prompt(120, seed=seed)
+    assert_parity(llm.prompt_logits(ids), hf_logits(model, ids))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"mscale": None, "mscale_all_dim": None},
+        {"mscale": None, "mscale_all_dim": None, "attention_factor": 1.0},
+        {"mscale": 0.7, "mscale_all_dim": 1.3},
+        {"truncate": False, "beta_fast": 16, "beta_slow": 2},
+        {"factor": 1.0},
+    ],
+    ids=lambda change: ",".join(change),
+)
+def test_yarn_variants(change: dict[str, Any], tmp_path: Path) -> None:
+    rope = {**FAMILY["dsv32"]["rope_parameters"], **change}
+    rope = {name: value for name, value in rope.items() if value is not None}
+    model = hf_model("dsv32", seed=3, rope_parameters=rope, max_position_embeddings=512)
+    llm = LLM(str(save(model, tmp_path / "model")), num_pages=4)
+    ids = prompt(120, seed=3)
     assert_parity(llm.prompt_logits(ids), hf_logits(model, ids))
 
 

@@ -90,6 +90,18 @@ def test_filters(top_k: int, top_p: float, want: set[int]) -> None:
     assert set(torch.where(kept[0] > float("-inf"))[0].tolist()) == want
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1e-45, 1e-6])
+def test_cold_is_greedy(temperature: float) -> None:
+    row = logits(1)
+    params = SamplingParams(temperature=temperature)
+    assert sample(row, rows(params))[0] == row.argmax()
+
+
+def test_hot_keeps_what_is_banned_out() -> None:
+    params = SamplingParams(temperature=1e6, min_tokens=2, max_tokens=5)
+    assert all(int(sample(logits(1), rows(params, seeds=[s]))[0]) != 1 for s in range(500))
+
+
 def test_min_tokens_bans_eos_and_stop_tokens() -> None:
     scores = torch.zeros(3, 50)
     scores[:, 1], scores[:, 2], scores[:, 3] = 9.0, 8.0, 7.0

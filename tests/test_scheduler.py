@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minidsv.block_manager import PAGE_SIZE, BlockManager, pages_for
+from minidsv.block_manager import BlockManager, pages_for
+from minidsv.kernels.constants import PAGE_SIZE
 from minidsv.request import Request, SamplingParams, Status
 from minidsv.scheduler import MAX_LOGIT_ROWS, Scheduler
 

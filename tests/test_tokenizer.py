@@ -4,8 +4,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from minidsv.engine_config import bundled_model
 from minidsv.errors import CheckpointError, RequestError
@@ -64,6 +67,36 @@ def test_a_prompt_that_ends_inside_a_character_does_not_leak() -> None:
     prompt = TOKENIZER.encode("secret words 🎉")[:-1]
     pieces, rest = streamed(prompt, TOKENIZER.encode("ok")[1:])
     assert "".join(pieces) + rest == "ok"
+
+
+def byte_fallback_tokenizer(folder: Path) -> Tokenizer:
+    """A SentencePiece-style tokenizer as Llama's: metaspace words and one token a byte."""
+    words = ["\u2581hello", "\u2581world", "\u2581", "a", "b"]
+    vocab = {"<unk>": 0} | {f"<0x{byte:02X}>": byte + 1 for byte in range(256)}
+    vocab |= {word: 300 + i for i, word in enumerate(words)}  # ids with a gap
+    raw = tokenizers.Tokenizer(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
+    parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    raw.decoder = decoders.Sequence([*parts, decoders.Strip(" ", 1, 0)])
+    PreTrainedTokenizerFast(tokenizer_object=raw).save_pretrained(folder)
+    shutil.copy(bundled_model() / "config.json", folder)
+    return Tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "output", "want"),
+    [
+        ([300], [301, 300], " world hello"),
+        ([], [301, 300], "world hello"),
+        ([300], [11, 229, 301, 300], "\n\ufffd world hello"),
+        ([300, 229], [301, 303], " worlda"),
+        ([300], [304, 241, 160, 143, 138, 301], "b\U0001f389 world"),
+        ([300], [500, 301], " world"),
+    ],
+    ids=["words", "no prompt", "broken bytes", "prompt ends in a byte", "emoji", "gap"],
+)
+def test_byte_fallback(prompt: list[int], output: list[int], want: str, tmp_path: Path) -> None:
+    stream = byte_fallback_tokenizer(tmp_path).stream(prompt)
+    assert "".join(map(stream.push, output)) + stream.flush() == want
 
 
 def test_lone_surrogate() -> None:
