@@ -20,7 +20,9 @@ from minidsv.errors import MinidsvError, RequestError
 from minidsv.request import SamplingParams
 
 if TYPE_CHECKING:
-    from minidsv.engine import StepOutput
+    from minidsv.engine import Engine, StepOutput
+
+SMALL_MODEL_BYTES = 64 * 2**20
 
 app = typer.Typer(
     add_completion=False,
@@ -85,6 +87,7 @@ def generate(
     from minidsv.llm import LLM
 
     llm = LLM(**engine)
+    _start(llm.engine)
     times = [time.perf_counter()]
 
     def on_output(output: "StepOutput") -> None:
@@ -103,6 +106,19 @@ def generate(
     )
 
 
+def _start(engine: "Engine") -> None:
+    """Say what was loaded; give a small model on CPU one thread.
+
+    A second one brings it nothing, and spins for a core where another process has it: 3 tokens/s
+    in place of 60 (docs/LOG.md).
+    """
+    import torch
+
+    print(f"[{engine.runner.describe()}]", file=sys.stderr)
+    if engine.config.device == "cpu" and engine.runner.weight_bytes < SMALL_MODEL_BYTES:
+        torch.set_num_threads(1)
+
+
 def _standard_input() -> str:
     try:
         return sys.stdin.buffer.read().decode()
@@ -119,9 +135,12 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="port to listen on")] = 8000,
 ) -> None:
     """Serve POST /generate and GET /health over HTTP."""
+    from minidsv.engine import Engine
     from minidsv.server.app import run
 
-    run(EngineConfig(**engine), host, port)
+    loaded = Engine(EngineConfig(**engine))
+    _start(loaded)
+    run(loaded, host, port)
 
 
 @app.command("inspect")

@@ -50,7 +50,8 @@ class ModelRunner:
         eos_token_ids: tuple[int, ...],
     ):
         assert config.max_model_len is not None
-        self.model_config, self.eos_token_ids = model_config, eos_token_ids
+        self.model_config, self.config = model_config, config
+        self.eos_token_ids = eos_token_ids
         self.device = torch.device(config.device)
         self.weight_bytes = sum(w.nbytes for w in weights.values())
         self.page_bytes = PAGE_SIZE * bytes_per_token(
@@ -70,6 +71,16 @@ class ModelRunner:
                 f"num_pages: {self.num_pages} pages of {self.page_bytes} bytes do not fit in memory"
             ) from None
         self.model = DeepseekV32(model_config, weights, self.cache, config.max_model_len)
+
+    def describe(self) -> str:
+        """One line: what runs where, in which types, and what it takes."""
+        c, cache_bytes = self.config, self.num_pages * self.page_bytes
+        return (
+            f"{self.model_config.model_type} on {c.device}: compute {c.dtype}, latent cache "
+            f"{c.kv_cache_dtype}, indexer cache {c.index_cache_dtype}; weights "
+            f"{self.weight_bytes / 1e6:,.1f} MB, {self.num_pages} pages of {PAGE_SIZE} tokens "
+            f"({cache_bytes / 1e6:,.1f} MB)"
+        )
 
     def _default_pages(self, config: EngineConfig, max_model_len: int) -> int:
         """Room for max_num_seqs requests of full length, within a share of the free memory."""

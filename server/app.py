@@ -16,7 +16,6 @@ from starlette.exceptions import HTTPException
 
 from minidsv import __version__
 from minidsv.engine import Engine
-from minidsv.engine_config import EngineConfig
 from minidsv.errors import RequestError
 from minidsv.request import Request as EngineRequest
 from minidsv.server.engine_loop import EngineFailed, EngineLoop
@@ -25,10 +24,9 @@ from minidsv.server.protocol import GenerateRequest, error_body, generate_respon
 GRACE_SECONDS = 20  # what runs at a SIGTERM or Ctrl-C may go on for so long
 
 
-def run(config: EngineConfig, host: str, port: int) -> None:
-    """Load the model, then serve until interrupted."""
-    app = create_app(Engine(config))
-    uvicorn.run(app, host=host, port=port, timeout_graceful_shutdown=GRACE_SECONDS)
+def run(engine: Engine, host: str, port: int) -> None:
+    """Serve until interrupted."""
+    uvicorn.run(create_app(engine), host=host, port=port, timeout_graceful_shutdown=GRACE_SECONDS)
 
 
 def create_app(engine: Engine) -> FastAPI:

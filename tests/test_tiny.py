@@ -53,7 +53,7 @@ def facts(llm: LLM) -> list[Question]:
 
 @pytest.fixture(scope="module")
 def retrieval(llm: LLM) -> list[Question]:
-    return [question for length in LONG for question in draw(llm, "retrieval_open", 20, length)]
+    return [question for length in LONG for question in draw(llm, "retrieval_open", 15, length)]
 
 
 def test_open_facts(llm: LLM, facts: list[Question]) -> None:
@@ -67,6 +67,11 @@ def test_four_choice_facts(llm: LLM) -> None:
 @pytest.mark.parametrize("length", [128, 256, 384, 512])
 def test_open_retrieval(llm: LLM, length: int) -> None:
     assert accuracy(llm, draw(llm, "retrieval_open", 40, length)) >= 0.9
+
+
+@pytest.mark.parametrize("length", [128, 384])
+def test_four_choice_retrieval(llm: LLM, length: int) -> None:
+    assert accuracy(llm, draw(llm, "retrieval_choice", 30, length)) >= 0.75
 
 
 def most_recent(logits: Tensor, seq_lens: Tensor, k: int) -> Tensor:
