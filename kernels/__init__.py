@@ -1,3 +1,1 @@
-"""Operators of the decode chain, imported as `minidsv.kernels` (never as `kernels`): see the
-package's files.
-"""
+"""Operators of the decode chain; imported as `minidsv.kernels`, never as `kernels`."""

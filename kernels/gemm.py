@@ -14,9 +14,7 @@ from minidsv.kernels.quant import dequantize_fp8_blocks
 
 
 def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
-    """x [T, in], weight [out, in] (x's dtype, or e4m3 with fp32 block scales) -> [T, out] in x's
-    dtype.
-    """
+    """x [T, in], weight [out, in] in x's dtype, or e4m3 with block scales -> [T, out]."""
     if scale is None:
         assert weight.dtype == x.dtype, f"{weight.dtype=} {x.dtype=}"
         return F.linear(x, weight)

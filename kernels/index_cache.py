@@ -22,9 +22,7 @@ def fp8_page_bytes(index_head_dim: int) -> int:
 
 
 def rotate_quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Hadamard, bf16, then one power-of-two scale a row: x [..., D] -> (e4m3 [..., D], fp32 [...,
-    1]).
-    """
+    """Hadamard, bf16, one power-of-two scale a row: x [..., D] -> e4m3 [..., D], [..., 1]."""
     rotated = hadamard(x).to(torch.bfloat16)
     return per_token_group_quant_fp8(rotated, group_size=x.shape[-1], ue8m0=True)
 
@@ -51,8 +49,6 @@ def read_index_k_buffer(buffer: Tensor, pages: Tensor, index_head_dim: int) -> T
 
 
 def _fp8_views(buffer: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """uint8 [P, 64 * (D + 4)] as (keys uint8 [P, 64, D], scales fp32 [P, 64]); both share its
-    memory.
-    """
+    """uint8 [P, 64 * (D + 4)] viewed as keys uint8 [P, 64, D] and scales fp32 [P, 64]."""
     keys, scales = buffer[:, : PAGE_SIZE * dim], buffer[:, PAGE_SIZE * dim :]
     return keys.unflatten(-1, (PAGE_SIZE, dim)), scales.view(torch.float32)

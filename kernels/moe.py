@@ -38,9 +38,7 @@ def routed_experts(
     down: Tensor,
     down_scale: Tensor | None,
 ) -> Tensor:
-    """x [T, hidden], weights fp32 and ids [T, k], gate_up [E, 2, I, hidden], down [E, hidden, I] ->
-    fp32 [T, hidden].
-    """
+    """x [T, hidden], weights and ids [T, k], stacks of E experts -> fp32 [T, hidden]."""
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for expert in ids.unique().tolist():
         token, choice = torch.where(ids == expert)

@@ -21,9 +21,7 @@ AMAX_FLOOR = 1e-4
 
 
 def round_scale_ue8m0(scale: Tensor) -> Tensor:
-    """Smallest power of two >= `scale` (positive, normal fp32), by exponent bits: exact where log2
-    is not.
-    """
+    """Smallest power of two >= `scale` (fp32, positive), by exponent bits: exact, unlike log2."""
     bits = scale.view(torch.int32)
     exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0).to(torch.int32)
     return (exponent << 23).view(torch.float32)
@@ -41,9 +39,7 @@ def _to_e4m3(x: Tensor) -> Tensor:
 def per_token_group_quant_fp8(
     x: Tensor, group_size: int = FP8_BLOCK, ue8m0: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Quantise the last axis in groups: x [..., D] -> e4m3 [..., D], fp32 scales [..., D /
-    group_size].
-    """
+    """Quantise the last axis: x [..., D] -> e4m3 [..., D], fp32 [..., D / group_size]."""
     assert x.shape[-1] % group_size == 0, (
         f"last axis {x.shape[-1]} is not a multiple of {group_size}"
     )
@@ -63,9 +59,7 @@ def block_scale_shape(rows: int, cols: int) -> tuple[int, int]:
 
 
 def quantize_fp8_blocks(weight: Tensor, ue8m0: bool = True) -> tuple[Tensor, Tensor]:
-    """Quantise w [out, in] in 128x128 blocks -> e4m3 [out, in], fp32 scales [ceil(out/128),
-    ceil(in/128)].
-    """
+    """w [out, in] -> e4m3 [out, in], fp32 scales [ceil(out/128), ceil(in/128)]."""
     rows, cols = weight.shape
     grid_rows, grid_cols = block_scale_shape(rows, cols)
     padded = torch.zeros(grid_rows * FP8_BLOCK, grid_cols * FP8_BLOCK, device=weight.device)
@@ -109,7 +103,5 @@ def hadamard_matrix(size: int) -> Tensor:
 
 
 def hadamard(x: Tensor) -> Tensor:
-    """Rotate the last axis by the Hadamard matrix (fp32); spreads outliers before FP8, keeps dot
-    products.
-    """
+    """Rotate the last axis (fp32): spreads outliers before FP8 and keeps dot products."""
     return x.float() @ hadamard_matrix(x.shape[-1]).to(x.device)

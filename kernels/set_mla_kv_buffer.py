@@ -45,9 +45,7 @@ def set_mla_kv_buffer(kv_buffer: Tensor, loc: Tensor, k_nope: Tensor, k_rope: Te
 def set_mla_kv_buffer_fp8_quant(
     kv_buffer: Tensor, loc: Tensor, k_nope: Tensor, k_rope: Tensor, scale: float = 1.0
 ) -> None:
-    """The same with the cast to FP8: an e4m3 buffer takes the flat row (over `scale`), a uint8
-    buffer the fp8 row.
-    """
+    """The same in FP8: an e4m3 buffer takes the flat row over `scale`, a uint8 one the fp8 row."""
     if kv_buffer.dtype == torch.float8_e4m3fn:
         row = torch.cat((k_nope, k_rope), -1).float() / scale
         bytes_ = row.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8)

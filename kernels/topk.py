@@ -12,9 +12,7 @@ from minidsv.kernels.constants import PAGE_SIZE
 
 
 def topk_positions(logits: Tensor, seq_lens: Tensor, k: int) -> Tensor:
-    """logits fp32 [T, S], seq_lens [T] -> the selected positions, ascending, int64 [T, k], -1
-    behind the last.
-    """
+    """logits fp32 [T, S], seq_lens [T] -> selected positions, ascending, [T, k], then -1."""
     scores = logits.masked_fill(logits.isnan(), float("-inf"))
     best = scores.sort(dim=-1, descending=True, stable=True).indices[:, :k]
     beyond = logits.shape[1]

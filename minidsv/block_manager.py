@@ -24,9 +24,7 @@ class BlockManager:
         return len(self._free)
 
     def grow(self, request: Request, num_tokens: int) -> bool:
-        """Give `request` the pages that its first `num_tokens` tokens need; False, and nothing
-        changed, if too few.
-        """
+        """Give `request` pages for `num_tokens` tokens; False, and nothing changed, if too few."""
         missing = pages_for(num_tokens) - len(request.page_ids)
         if missing > len(self._free):
             return False

@@ -29,9 +29,7 @@ _FLOATS = {"F32", "BF16"}
 
 @dataclass
 class Weight:
-    """A parameter: `data`, and fp32 128x128-block scales (leading axes as data's) when data is
-    e4m3.
-    """
+    """A parameter: `data`, and fp32 block scales (leading axes as data's) if it is e4m3."""
 
     data: Tensor
     scale: Tensor | None = None
@@ -42,9 +40,7 @@ class Weight:
 
 
 class WeightStore:
-    """Collects checkpoint tensors into parameters; `quantization` is "auto", "none" or "fp8" (see
-    EngineConfig).
-    """
+    """Collects checkpoint tensors into parameters, as `EngineConfig.quantization` says."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, quantization: str):
         self.device, self.dtype, self.quantization = device, dtype, quantization
@@ -175,9 +171,7 @@ def load_checkpoint(
     dtype: torch.dtype,
     quantization: str,
 ) -> dict[str, Weight]:
-    """Parameters of the model in `folder` by our names (see `tensor_table`); raises
-    CheckpointError.
-    """
+    """Parameters of the model in `folder`, by our names; raises CheckpointError."""
     return fill(
         Checkpoint(folder, config).tensors(), device=device, dtype=dtype, quantization=quantization
     )
@@ -190,9 +184,7 @@ def fill(
     dtype: torch.dtype,
     quantization: str,
 ) -> dict[str, Weight]:
-    """Collect a stream of (name, spec, data, scale), each tensor of the table once, into
-    parameters.
-    """
+    """Collect each tensor of the table, once, into parameters."""
     store = WeightStore(device, dtype, quantization)
     for name, spec, data, scale in tensors:
         store.add(name, spec, data, scale)

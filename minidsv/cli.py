@@ -1,6 +1,4 @@
-"""The command line: `minidsv generate | serve | inspect`. torch and transformers are imported by
-the commands alone.
-"""
+"""The command line. torch and transformers are imported by the commands alone."""
 
 import functools
 import inspect
@@ -33,9 +31,7 @@ app = typer.Typer(
 
 
 def engine_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give `command` one option for each field of EngineConfig, handed to it as the mapping
-    `engine`.
-    """
+    """Give `command` an option for each field of EngineConfig; it gets them as `engine`."""
     options = fields(EngineConfig)
 
     @functools.wraps(command)

@@ -1,6 +1,4 @@
-"""Engine: requests in, tokens and text out, one step at a time. Not thread-safe: one thread owns
-it.
-"""
+"""Engine: requests in, tokens and text out, a step at a time. One thread owns it."""
 
 from dataclasses import dataclass
 from itertools import count
@@ -67,9 +65,7 @@ class Engine:
         prompt: str | None = None,
         request_id: str | None = None,
     ) -> Request:
-        """Check a prompt against the model and the pool; raises RequestError, with the numbers, if
-        it can never run.
-        """
+        """Check a prompt; raises RequestError, with the numbers, if it can never run."""
         self._check_prompt(token_ids, room=1)
         vocab = self.model_config.vocab_size
         for name in ("logprobs", "prompt_logprobs"):
@@ -97,9 +93,7 @@ class Engine:
             self._finish(request, "abort")
 
     def step(self) -> list[StepOutput]:
-        """Run one step; returns what it brought each request that got a token. Empty only without
-        work.
-        """
+        """Run one step; returns what it brought each request that got a token."""
         chunks = self.scheduler.schedule()
         if not chunks:
             return []
@@ -172,9 +166,7 @@ class Engine:
         )
 
     def _output(self, request: Request, logprobs: RowLogprobs | None) -> StepOutput:
-        """Take in the token that was appended last: logprobs, text, and whether it ends the
-        request.
-        """
+        """Take in the request's newest token: logprobs, text, and whether it is the last."""
         text, params, token = self._texts[request], request.params, request.output_token_ids[-1]
         if logprobs is not None:
             request.logprobs.append(self._logprobs(logprobs))

@@ -60,16 +60,12 @@ def bundled_model() -> Path:
 
 
 def model_path(config: EngineConfig) -> Path:
-    """The checkpoint folder (with load_format "random" also a config.json): `model`, or the bundled
-    one.
-    """
+    """`model` or the bundled one: a folder, or with random weights also a config.json."""
     return bundled_model() if config.model is None else Path(config.model)
 
 
 def tokenizer_folder(config: EngineConfig) -> Path:
-    """Where the tokenizer is: the checkpoint folder, or the bundled model's for random weights
-    without one.
-    """
+    """The folder of the tokenizer: the bundled model's for random weights without one."""
     path = model_path(config)
     if config.load_format == "random" and not (path / "tokenizer.json").exists():
         return bundled_model()

@@ -1,6 +1,4 @@
-"""The errors minidsv raises at its users. Each message names the field, its value and what is
-accepted.
-"""
+"""Errors that minidsv raises at its users; each names the field, its value, what is accepted."""
 
 
 class MinidsvError(ValueError):

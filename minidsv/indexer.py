@@ -30,9 +30,7 @@ _CHUNK_ELEMENTS = 1 << 20  # scores of all heads held at a time: 4 MiB of fp32
 def apply_q_scale_and_softmax_scale(
     weights: Tensor, q_scale: Tensor, softmax_scale: float
 ) -> Tensor:
-    """Fold q's FP8 scales into the head gates: weights [T, H], q_scale [T, H, 1] -> fp32 [T, H]
-    (SGLang PR 23965).
-    """
+    """Fold q's FP8 scales into the gates: [T, H], [T, H, 1] -> [T, H] (SGLang PR 23965)."""
     return (weights.unsqueeze(-1) * q_scale * softmax_scale).squeeze(-1)
 
 

@@ -1,6 +1,4 @@
-"""`minidsv inspect`: what a checkpoint or a config.json is, what its caches take, and its roofline
-card.
-"""
+"""`minidsv inspect`: what a checkpoint is, what its caches take, its roofline card."""
 
 import math
 from pathlib import Path
@@ -36,9 +34,7 @@ def show(
     index_cache_dtype: str,
     console: Console,
 ) -> None:
-    """Print the card; a folder with weights is also checked against its config. Raises ConfigError,
-    CheckpointError.
-    """
+    """Print the card; a folder's files are checked. Raises ConfigError, CheckpointError."""
     if gpu not in GPUS:
         raise ConfigError(f"gpu: {gpu!r} is not one of {sorted(GPUS)}")
     config = ModelConfig.from_path(path)

@@ -1,6 +1,4 @@
-"""The pools: one latent buffer a layer, one indexer buffer a layer that owns an indexer, all cut
-into the same pages.
-"""
+"""The pools: latent and indexer buffers of every layer, cut into the same pages."""
 
 from dataclasses import dataclass
 
@@ -17,9 +15,7 @@ _FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass
 class KVCache:
-    """Buffers of all layers; layouts are in `kernels/set_mla_kv_buffer.py` and
-    `kernels/index_cache.py`.
-    """
+    """Buffers of all layers; `kernels/` has the layouts."""
 
     latent: list[Tensor]  # per layer [num_pages * 64, row]
     index: list[

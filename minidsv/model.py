@@ -26,9 +26,7 @@ class DecoderLayer:
 
 
 class DeepseekV32:
-    """A model over its caches: `forward` runs one step of any mix of prefill chunks and decode
-    tokens.
-    """
+    """A model over its caches; a step is any mix of prefill chunks and decode tokens."""
 
     def __init__(
         self, config: ModelConfig, weights: dict[str, Weight], cache: KVCache, max_model_len: int

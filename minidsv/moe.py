@@ -1,6 +1,4 @@
-"""The mixture of experts: y = sum over the routed experts + the shared expert, summed in fp32 and
-rounded once.
-"""
+"""The mixture of experts: routed + shared, summed in fp32 and rounded once."""
 
 from torch import Tensor
 

@@ -1,6 +1,4 @@
-"""Random weights in the official layout: for `load_format="random"` and
-`scripts/make_random_checkpoint.py`.
-"""
+"""Random weights in the official layout, for `load_format="random"` and the tests."""
 
 from collections.abc import Iterator
 

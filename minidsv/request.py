@@ -1,6 +1,4 @@
-"""SamplingParams and Request: what a caller asks for, and how far the engine has come with it. No
-torch in here.
-"""
+"""What a caller asks for, and how far the engine has come with it. No torch in here."""
 
 import enum
 import reprlib

@@ -1,6 +1,4 @@
-"""`resolve`: settle every "auto" of an EngineConfig once, and refuse by name what this device
-cannot do.
-"""
+"""`resolve`: settle every "auto" once, and refuse by name what cannot be done."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +12,7 @@ from minidsv.kernels.constants import FP8_BLOCK
 
 
 def resolve(config: EngineConfig, model: ModelConfig) -> EngineConfig:
-    """Settle every "auto" and refuse, by name, what this device cannot do; num_pages is left to the
-    runner.
-    """
+    """Settle every "auto" but num_pages (the runner's); raises ConfigError."""
     device = _device(config.device)
     on_cpu = device == "cpu"
     _refuse_unbuilt(config)

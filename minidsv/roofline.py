@@ -18,9 +18,7 @@ from minidsv.tensor_table import TensorSpec, tensor_table
 
 @dataclass(frozen=True)
 class Gpu:
-    """Peaks of one device: memory bytes/s and dense FP8 FLOP/s, from the vendor's data sheets
-    unless said.
-    """
+    """Memory bytes/s and dense FP8 FLOP/s of a device, by its data sheet unless said."""
 
     bandwidth: float
     flops: float
@@ -88,9 +86,7 @@ def decode_cost(
 
 
 def _use(config: ModelConfig, name: str, batch: int) -> tuple[str, float, float]:
-    """(part, share of the tensor's bytes read by the step, share of its elements multiplied for
-    each token).
-    """
+    """(part, share of the tensor's bytes read, share of its elements that a token uses)."""
     if name == "model.embed_tokens.weight":
         return "embedding", batch / config.vocab_size, 0.0
     if name == "lm_head.weight":
@@ -104,9 +100,7 @@ def _use(config: ModelConfig, name: str, batch: int) -> tuple[str, float, float]
 
 
 def spec_bytes(spec: TensorSpec, fp8: bool) -> int:
-    """Bytes of one tensor in the official layout: FP8 blocks with fp32 scales, fp32 gains, BF16 for
-    the rest.
-    """
+    """Bytes in the official layout: FP8 blocks with fp32 scales, fp32 gains, BF16 the rest."""
     count = math.prod(spec.shape)
     if spec.kind == "gain":
         return 4 * count
@@ -116,7 +110,5 @@ def spec_bytes(spec: TensorSpec, fp8: bool) -> int:
 
 
 def step_seconds(costs: list[Cost], gpu: Gpu) -> float:
-    """The roofline: no step is faster than its bytes over the bandwidth, nor than its FLOPs over
-    the peak.
-    """
+    """The roofline: the longer of bytes over bandwidth and FLOPs over peak."""
     return max(sum(c.bytes for c in costs) / gpu.bandwidth, sum(c.flops for c in costs) / gpu.flops)

@@ -9,9 +9,7 @@ from minidsv.config import RopeConfig
 
 
 def inv_freq(rope: RopeConfig, dim: int) -> Tensor:
-    """Frequencies fp32 [dim / 2]. YaRN blends f_i and f_i / factor over a ramp (arXiv 2309.00071,
-    section 3.2).
-    """
+    """Frequencies fp32 [dim / 2]; YaRN blends f_i and f_i / factor over a ramp (2309.00071)."""
     freq = 1.0 / rope.theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     if rope.factor is None:
         return freq

@@ -92,9 +92,7 @@ class ModelRunner:
         return min(config.max_num_seqs * pages_for(max_model_len), affordable)
 
     def execute(self, chunks: Sequence[Chunk]) -> StepResult:
-        """Compute the chunks, choose a token for each that samples, and bring the result to the
-        host.
-        """
+        """Compute the chunks, choose a token for each that samples, bring it to the host."""
         rows = _LogitRows.of(chunks)
         _, logits = self.model.forward(self.prepare(chunks, rows.tokens))
         requests = [chunk.request for chunk in chunks if chunk.samples]
@@ -155,9 +153,7 @@ class ModelRunner:
 
 @dataclass
 class _LogitRows:
-    """Which tokens of a step need logits: each sampling chunk's last, and the prompt's for
-    prompt_logprobs.
-    """
+    """Tokens of a step whose logits are wanted: each sampling chunk's last, and prompt's."""
 
     tokens: list[int]  # index of the token in the flat batch, one a row
     sampling: list[int]  # rows that choose a token
@@ -179,9 +175,7 @@ class _LogitRows:
 
 
 def _predicted_prompt_positions(chunk: Chunk) -> range:
-    """Prompt positions whose logprobs this chunk gives and that are not known yet (they are after a
-    preemption).
-    """
+    """Prompt positions whose logprobs this chunk gives and that are not known yet."""
     request = chunk.request
     if request.params.prompt_logprobs is None:
         return range(0)
@@ -190,9 +184,7 @@ def _predicted_prompt_positions(chunk: Chunk) -> range:
 
 
 def row_logprobs(logits: Tensor, taken: Tensor | int, count: int) -> RowLogprobs:
-    """The `count` best tokens of one row of raw logits [vocab], and `taken`, from the same fp32
-    values.
-    """
+    """The `count` best tokens of raw logits [vocab], and `taken`, from the same values."""
     values = logits.log_softmax(-1)
     token = int(taken)
     own = values[token]

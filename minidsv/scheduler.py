@@ -62,9 +62,7 @@ class Scheduler:
         request.status = Status.FINISHED
 
     def schedule(self) -> list[Chunk]:
-        """Chunks of the next step, running requests first; pages for them are allocated. Empty only
-        without work.
-        """
+        """The next step's chunks, with pages for them; empty only without work."""
         budget = _Budget(self.max_num_batched_tokens, MAX_LOGIT_ROWS)
         chunks: list[Chunk] = []
         preempted = False

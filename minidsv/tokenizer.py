@@ -1,6 +1,4 @@
-"""Text to tokens by transformers' AutoTokenizer, and tokens to text one at a time by tokenizers'
-DecodeStream.
-"""
+"""Text to tokens (transformers' AutoTokenizer), and tokens to text one at a time."""
 
 import json
 from pathlib import Path

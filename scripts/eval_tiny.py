@@ -1,6 +1,7 @@
-"""Accuracy of a tiny checkpoint with the training forward: by task, length and selection rule.
+"""Accuracy of a tiny checkpoint: by task, length and selection rule.
 
-    python scripts/eval_tiny.py --checkpoint configs/tiny/model.safetensors --items 200
+    python scripts/eval_tiny.py --items 200              # the training forward, every rule
+    python scripts/eval_tiny.py --items 200 --engine     # the bundled model through `LLM`
 
 Greedy and exact: an item is right if every answer token, newline included, is the arg-max given
 the prompt and the tokens before it. Weights are the stored FP8 blocks, arithmetic is float32.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -80,10 +82,8 @@ def accuracy(
     return sum(right) / len(right)
 
 
-def report(
-    model: TinyDeepseek, encode: Encoder, items: int, seed: int, rules: Sequence[Selection]
-) -> dict[str, dict[str, float]]:
-    """Accuracy table: rule (or `stale page`) -> cell -> share of right items."""
+def draw_cells(encode: Encoder, items: int, seed: int) -> dict[str, list[Question]]:
+    """Held-out questions by cell."""
     cells: dict[str, list[Question]] = {
         "fact_open": list(all_fact_questions()),
         "fact_inline": list(all_fact_questions("inline")),
@@ -93,17 +93,36 @@ def report(
     for kind in ("retrieval_open", "retrieval_choice"):
         for length in LENGTHS:
             cells[f"{kind}_{length}"] = eval_questions(kind, items, seed, length, encode.count)
-    table: dict[str, dict[str, float]] = {}
+    return cells
+
+
+def report(
+    model: TinyDeepseek,
+    encode: Encoder,
+    cells: dict[str, list[Question]],
+    rules: Sequence[Selection],
+) -> None:
+    """Print a line a rule (and `stale page`): cell -> share of right items."""
     for rule in rules:
-        table[rule] = {name: accuracy(model, cell, encode, rule) for name, cell in cells.items()}
-        print(rule, json.dumps({k: round(v, 3) for k, v in table[rule].items()}), flush=True)
+        row = {name: round(accuracy(model, cell, encode, rule), 3) for name, cell in cells.items()}
+        print(rule, json.dumps(row), flush=True)
     if "swapped" in rules:
         late = [f"retrieval_open_{length}" for length in LENGTHS if length > 4 * PAGE]
-        table["stale page"] = {
-            name: accuracy(model, cells[name], encode, stale=True) for name in late
-        }
-        print("stale page", json.dumps(table["stale page"]), flush=True)
-    return table
+        row = {n: round(accuracy(model, cells[n], encode, stale=True), 3) for n in late}
+        print("stale page", json.dumps(row), flush=True)
+
+
+def report_engine(cells: dict[str, list[Question]]) -> None:
+    """Print a line a cell: the share of right items of the bundled model in the engine."""
+    from minidsv import LLM, SamplingParams
+
+    llm = LLM()
+    decode = llm.engine.tokenizer.decode
+    for name, cell in cells.items():
+        outputs = llm.generate([item.prompt for item in cell], SamplingParams(max_tokens=16))
+        answers = [decode(output.outputs[0].token_ids) for output in outputs]
+        right = sum(a == item.answer for a, item in zip(answers, cell, strict=True))
+        print(f"{name}: {right} of {len(cell)}", flush=True)
 
 
 if __name__ == "__main__":
@@ -113,6 +132,12 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rules", nargs="+", default=list(RULES), choices=RULES)
+    parser.add_argument("--engine", action="store_true", help="the bundled model in the engine")
     args = parser.parse_args()
+    encoder = Encoder(str(TINY / "tokenizer.json"))
+    drawn = draw_cells(encoder, args.items, args.seed)
+    if args.engine:
+        report_engine(drawn)
+        sys.exit()
     loaded = load_checkpoint(ModelConfig.from_path(TINY), args.checkpoint).to(args.device).eval()
-    report(loaded, Encoder(str(TINY / "tokenizer.json")), args.items, args.seed, args.rules)
+    report(loaded, encoder, drawn, args.rules)

@@ -30,9 +30,7 @@ def run(engine: Engine, host: str, port: int) -> None:
 
 
 def create_app(engine: Engine) -> FastAPI:
-    """The application over a loaded engine, which a thread of its own runs from startup to
-    shutdown.
-    """
+    """The application over a loaded engine, which it runs from startup to shutdown."""
     loop = EngineLoop(engine)
 
     @asynccontextmanager

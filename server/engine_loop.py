@@ -18,9 +18,7 @@ class EngineFailed(Exception):
 
 
 class EngineLoop:
-    """Runs `engine.step()` while there is work. Only its thread touches the scheduler and the
-    caches.
-    """
+    """Runs `engine.step()` while there is work; only its thread touches the engine."""
 
     def __init__(self, engine: Engine):
         self.engine = engine

@@ -93,9 +93,7 @@ def hf_model(family: str, seed: int = 0, **dims: Any) -> Any:
 
 
 def use_rms_norm_eps_for_latents(model: Any) -> None:
-    """transformers builds GLM's latent norms with eps 1e-6 (model-spec 9.2); give them
-    rms_norm_eps.
-    """
+    """transformers gives GLM's latent norms eps 1e-6 (model-spec 9.2): use rms_norm_eps."""
     for layer in model.model.layers:
         for norm in (layer.self_attn.q_a_layernorm, layer.self_attn.kv_a_layernorm):
             norm.variance_epsilon = model.config.rms_norm_eps

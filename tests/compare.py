@@ -24,9 +24,7 @@ TOLERANCES = {
 
 
 def assert_close(name: str, got: Tensor, want: Tensor, tol: str) -> None:
-    """Compare shape, dtype, inf and nan masks, elements and direction; the message shows the worst
-    element.
-    """
+    """Compare shape, dtype, inf and nan masks, elements, direction; names the worst element."""
     limit = TOLERANCES[tol]
     assert got.shape == want.shape, f"{name}: shape {tuple(got.shape)}, want {tuple(want.shape)}"
     assert got.dtype == want.dtype, f"{name}: dtype {got.dtype}, want {want.dtype}"

@@ -24,9 +24,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 def rewrite(source: Path, folder: Path, change: Callable[[Tensors], None], shards: int = 1) -> Path:
-    """A copy of the checkpoint with other tensors, in one file or dealt out to several with an
-    index.
-    """
+    """A copy of the checkpoint with other tensors, in one file or in shards with an index."""
     tensors = load_file(source / "model.safetensors")
     change(tensors)
     with_config(source, folder)

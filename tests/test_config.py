@@ -1,6 +1,4 @@
-"""ModelConfig: the traps of real config.json files, and errors that name field, value and what is
-accepted.
-"""
+"""ModelConfig: the traps of real files, and errors that name field, value, what is accepted."""
 
 import json
 from pathlib import Path

@@ -1,6 +1,4 @@
-"""What ends a request and what it returns: scripted tokens through the real scheduler and
-detokeniser.
-"""
+"""What ends a request: scripted tokens through the real scheduler and detokeniser."""
 
 import math
 from collections.abc import Iterator
@@ -72,9 +70,7 @@ TEXT = "one two three. four? five"
 def test_stop_strings(
     stop: str | list[str], want: str, llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The match that completes first cuts the text; stop strings may cross tokens; streaming says
-    the same.
-    """
+    """The match that completes first cuts the text; streaming says the same."""
     output, text = scripted(llm, monkeypatch, TEXT, stop=stop)
     assert output.text == text == want
     if want == TEXT:
@@ -276,9 +272,7 @@ def test_closed(llm: LLM) -> None:
 
 
 def test_logprobs(checkpoints: dict[str, Path], hf_models: dict[str, Any]) -> None:
-    """Raw-logit logprobs of prompt and output against transformers; chunked and preempted prompts
-    lose none.
-    """
+    """Raw-logit logprobs against transformers; chunks and preemptions lose none."""
     ids = prompt(100)
     params = SamplingParams(max_tokens=12, ignore_eos=True, logprobs=2, prompt_logprobs=0)
     llm = LLM(str(checkpoints["dsv32"]), num_pages=3, max_num_batched_tokens=33)

@@ -16,9 +16,7 @@ LIMIT = 5e-6
 
 
 def unabsorbed(layer: MLA, q: Tensor, q_pe: Tensor, slots: Tensor, scale: float) -> Tensor:
-    """The MHA form: keys and values of every head decompressed from the latent, then plain
-    attention.
-    """
+    """The MHA form: keys and values of every head decompressed, then plain attention."""
     rows = read_mla_kv_buffer(
         layer.kv_buffer, slots.clamp_min(0), layer.config.kv_lora_rank
     )  # [T, K, C + r]

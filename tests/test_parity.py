@@ -66,9 +66,7 @@ def test_greedy_equals_generate(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_mixed_batch(family: str, checkpoints: dict[str, Path], hf_models: dict[str, Any]) -> None:
-    """Prefill chunks and decode tokens of nine requests share steps; teacher-forced logits stay
-    equal.
-    """
+    """Prefill chunks and decode tokens of nine requests share steps."""
     lengths = [1, 3, 30, 47, 48, 49, 64, 100, 130]
     prompts = [prompt(n, seed=3) for n in lengths]
     llm = LLM(str(checkpoints[family]), num_pages=40, max_num_batched_tokens=37)
@@ -124,9 +122,7 @@ def test_yarn_variants(change: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_glm_latent_eps_has_a_switch(tmp_path: Path) -> None:
-    """transformers unpatched (1e-6) against latent_norm_eps=1e-6; it is not our default
-    (rms_norm_eps, 1e-5).
-    """
+    """transformers unpatched is latent_norm_eps=1e-6, not our default (rms_norm_eps, 1e-5)."""
     model = hf_model("glm")
     folder = save(model, tmp_path / "model", latent_norm_eps=1e-6)
     ids = prompt(100)
@@ -224,9 +220,7 @@ def test_neighbours_chunks_and_pools(
     checkpoints: dict[str, Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Tokens are those of the request alone, or differ first where a choice lies within 1e-5 of a
-    tie.
-    """
+    """Tokens are those of the request alone, or differ where a choice is within 1e-5 of a tie."""
     prompts = [prompt(n, seed=7) for n in (10, 60, 63, 64, 65, 100, 130)]
     params = SamplingParams(max_tokens=60, ignore_eos=True)
     folder = checkpoints[family]

@@ -51,9 +51,7 @@ def test_sizes() -> None:
 
 
 def test_arrows_point_one_way() -> None:
-    """kernels know nothing of the engine, the engine nothing of the server, policy nothing of
-    torch.
-    """
+    """Kernels know no engine, the engine no server, policy no torch."""
     for path in SOURCES:
         imports = re.findall(r"^\s*(?:from|import) ([\w.]+)", path.read_text(), re.MULTILINE)
         ours = [name for name in imports if name.startswith("minidsv")]

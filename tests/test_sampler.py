@@ -82,9 +82,7 @@ def test_a_draw_depends_on_seed_and_position_only() -> None:
     ],
 )
 def test_filters(top_k: int, top_p: float, want: set[int]) -> None:
-    """Probabilities 1/2, 1/4, 1/8, 1/8: the token that crosses top_p is kept; a tie keeps the
-    lowest id.
-    """
+    """1/2, 1/4, 1/8, 1/8: the token that crosses top_p stays; a tie keeps the lowest id."""
     scores = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log2()
     kept = keep_top(scores * 0.6931471805599453, torch.tensor([top_k or 4]), torch.tensor([top_p]))
     assert set(torch.where(kept[0] > float("-inf"))[0].tolist()) == want

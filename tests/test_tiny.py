@@ -3,7 +3,6 @@
 A fixed sample of held-out questions; stored FP8 weights, sparse attention, greedy, on CPU.
 """
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from minidsv.checkpoint import Checkpoint
 from minidsv.config import ModelConfig
 from minidsv.engine_config import bundled_model
 from minidsv.kernels.quant import dequantize_fp8_blocks
+from minidsv.kernels.topk import topk_positions
 from minidsv.questions import Question, eval_questions
 from minidsv.runner import ModelRunner
 from minidsv.scheduler import Chunk
@@ -26,7 +26,7 @@ from minidsv.scheduler import Chunk
 SEED = 20
 LONG = (320, 384, 512)  # contexts of more than 4 x index_topk
 PAGE = 64
-ANSWER = SamplingParams(max_tokens=8)
+ANSWER = SamplingParams(max_tokens=16)
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +81,7 @@ def most_recent(logits: Tensor, seq_lens: Tensor, k: int) -> Tensor:
 
 def random_choice(logits: Tensor, seq_lens: Tensor, k: int) -> Tensor:
     noise = torch.rand(logits.shape, generator=torch.Generator().manual_seed(1))
-    hidden = torch.arange(logits.shape[1]) >= seq_lens.unsqueeze(1)
-    best = noise.masked_fill(hidden, -math.inf).topk(min(k, logits.shape[1])).indices
-    return best.masked_fill(best >= seq_lens.unsqueeze(1), -1)
+    return topk_positions(noise.masked_fill(logits.isneginf(), float("-inf")), seq_lens, k)
 
 
 @pytest.mark.parametrize("rule", [most_recent, random_choice], ids=lambda rule: rule.__name__)

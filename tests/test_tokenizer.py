@@ -42,9 +42,7 @@ def test_text_comes_back(text: str) -> None:
 )
 @settings(deadline=None, max_examples=300)
 def test_any_tokens(prompt: list[int], output: list[int]) -> None:
-    """Half characters, special tokens and ids outside the vocabulary: the pieces join to the whole
-    decoding.
-    """
+    """Half characters, special tokens, unknown ids: the pieces join to the whole decoding."""
     pieces, rest = streamed(prompt, output)
     assert "".join(pieces) + rest == TOKENIZER.decode(output)
 

@@ -1,6 +1,4 @@
-"""Selection: score descending, then the lowest position; no index out of range, whatever the
-scores.
-"""
+"""Selection: score descending, then the lowest position; never out of range."""
 
 import pytest
 import torch
