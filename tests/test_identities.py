@@ -96,43 +96,26 @@ def test_decode_equals_recompute_in_every_cache_dtype(
 
 
 @pytest.mark.parametrize(
-    ("kv", "index", "most"),
-    [("bfloat16", "float32", 0.03), ("fp8", "float32", 0.15), ("fp8_flat", "float32", 0.2)],
+    ("options", "most"),
+    [
+        ({"kv_cache_dtype": "bfloat16"}, 0.03),
+        ({"kv_cache_dtype": "fp8"}, 0.15),
+        ({"kv_cache_dtype": "fp8_flat"}, 0.2),
+        ({"dtype": "bfloat16"}, 0.05),
+    ],
+    ids=lambda value: next(iter(value.values())) if isinstance(value, dict) else "",
 )
-def test_cache_precision_costs_what_it_should(
-    kv: str, index: str, most: float, checkpoints: dict[str, Path], tmp_path: Path
+def test_precision_costs_what_it_should(
+    options: dict[str, str], most: float, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
     """Against full precision, without selections that could flip: rounded, but not wrong."""
-    folder = with_config(
-        checkpoints["dsv32"],
-        tmp_path / "calm",
-        index_topk=4000,
-        num_experts_per_tok=16,
-        n_group=1,
-        topk_group=1,
-    )
+    no_choices = {"index_topk": 4000, "num_experts_per_tok": 16, "n_group": 1, "topk_group": 1}
+    folder = with_config(checkpoints["dsv32"], tmp_path / "calm", **no_choices)
     ids = prompt(90)
     full = LLM(str(folder), num_pages=4).prompt_logits(ids)
-    got = LLM(str(folder), num_pages=4, kv_cache_dtype=kv, index_cache_dtype=index).prompt_logits(
-        ids
-    )
-    assert 1e-4 < relative_l2(got, full) < most
-
-
-def test_bfloat16_compute(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    folder = with_config(
-        checkpoints["dsv32"],
-        tmp_path / "calm",
-        index_topk=4000,
-        num_experts_per_tok=16,
-        n_group=1,
-        topk_group=1,
-    )
-    ids = prompt(90)
-    full = LLM(str(folder), num_pages=4).prompt_logits(ids)
-    got = LLM(str(folder), num_pages=4, dtype="bfloat16").prompt_logits(ids)
+    got = LLM(str(folder), num_pages=4, **options).prompt_logits(ids)
     assert got.dtype == torch.float32
-    assert 1e-4 < relative_l2(got, full) < 0.05
+    assert 1e-4 < relative_l2(got, full) < most
 
 
 def test_poisoned_pools(checkpoints: dict[str, Path]) -> None:
