@@ -13,7 +13,8 @@ from minidsv.kernels.constants import PAGE_SIZE
 
 def topk_positions(logits: Tensor, seq_lens: Tensor, k: int) -> Tensor:
     """logits fp32 [T, S], seq_lens [T] -> selected positions, ascending, [T, k], then -1."""
-    scores = logits.masked_fill(logits.isnan(), float("-inf"))
+    hidden = torch.arange(logits.shape[1], device=logits.device) >= seq_lens.unsqueeze(1)
+    scores = logits.masked_fill(logits.isnan() | hidden, float("-inf"))
     best = scores.sort(dim=-1, descending=True, stable=True).indices[:, :k]
     beyond = logits.shape[1]
     best = best.masked_fill(best >= seq_lens.unsqueeze(1), beyond).sort(-1).values

@@ -48,8 +48,8 @@ class WeightStore:
 
     def add(self, name: str, spec: TensorSpec, data: Tensor, scale: Tensor | None) -> None:
         """Place one tensor, dequantised or quantised as `quantization` asks."""
-        if scale is not None and ((data.view(torch.uint8) & 0x7F) == 0x7F).any():
-            raise CheckpointError(f"{name}: holds NaN; the file is damaged")
+        if scale is not None and not _sound(data, scale):
+            raise CheckpointError(f"{name}: NaN, or a scale that is no positive number: damaged?")
         keep_fp8 = spec.stays_fp8 and (
             self.quantization == "fp8" or (scale is not None and self.quantization == "auto")
         )
@@ -102,11 +102,17 @@ class Checkpoint:
             return dict.fromkeys(self._open(SINGLE_FILE).keys(), SINGLE_FILE)
         try:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            return {str(name): str(file) for name, file in weight_map.items()}
+            where = {str(name): str(file) for name, file in weight_map.items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"{index}: not a safetensors index with a weight_map ({error!r})"
             ) from None
+        for file in set(where.values()):
+            if Path(file).name != file:
+                raise CheckpointError(f"{index}: {file!r} is not a file name in this folder")
+            for name in self._open(file).keys():  # noqa: SIM118 (no mapping)
+                where.setdefault(name, file)  # what the index leaves out is checked as well
+        return where
 
     def _open(self, file: str) -> Any:
         if file not in self._files:
@@ -161,6 +167,13 @@ class Checkpoint:
 
     def _read(self, name: str) -> Tensor:
         return self._open(self._where[name]).get_tensor(name)
+
+
+def _sound(data: Tensor, scale: Tensor) -> bool:
+    """No e4m3 code is NaN (0x7F, 0xFF) and every scale is positive and finite."""
+    codes = data.view(torch.uint8).flatten().split(1 << 20)  # small temporaries, for the heap
+    whole = not any(((part & 0x7F) == 0x7F).any() for part in codes)
+    return whole and bool((torch.isfinite(scale) & (scale > 0)).all())
 
 
 def load_checkpoint(

@@ -147,11 +147,12 @@ def inspect_command(
     gpu: Annotated[str, typer.Option(help="A100, H100, H200 or B200")] = "H100",
     weights: Annotated[Literal["fp8", "bf16"], typer.Option(help="weights' format")] = "fp8",
     kv_cache_dtype: Annotated[
-        Literal["float32", "bfloat16", "fp8", "fp8_flat"], typer.Option(help="latent cache")
-    ] = "fp8",
+        Literal["auto", "float32", "bfloat16", "fp8", "fp8_flat"],
+        typer.Option(help="latent cache; auto: fp8 where the model has such rows"),
+    ] = "auto",
     index_cache_dtype: Annotated[
-        Literal["float32", "bfloat16", "fp8"], typer.Option(help="indexer cache")
-    ] = "fp8",
+        Literal["auto", "float32", "bfloat16", "fp8"], typer.Option(help="indexer cache")
+    ] = "auto",
 ) -> None:
     """Show a model's dimensions, its cache bytes a token, and the roofline of a decode step."""
     from rich.console import Console

@@ -9,6 +9,7 @@ from rich.table import Table
 from minidsv.checkpoint import Checkpoint
 from minidsv.config import ModelConfig
 from minidsv.errors import ConfigError
+from minidsv.kernels.constants import FP8_BLOCK
 from minidsv.kv_cache import bytes_per_token, index_bytes, latent_bytes
 from minidsv.resolve import check_cache_dtypes
 from minidsv.roofline import GPUS, decode_cost, distinct_experts, spec_bytes, step_seconds
@@ -38,6 +39,10 @@ def show(
     if gpu not in GPUS:
         raise ConfigError(f"gpu: {gpu!r} is not one of {sorted(GPUS)}")
     config = ModelConfig.from_path(path)
+    if kv_cache_dtype == "auto":
+        kv_cache_dtype = "bfloat16" if config.kv_lora_rank % FP8_BLOCK else "fp8"
+    if index_cache_dtype == "auto":
+        index_cache_dtype = "fp8" if config.index_head_dim == FP8_BLOCK else "bfloat16"
     check_cache_dtypes(config, kv_cache_dtype, index_cache_dtype)
     console.print(_summary(path, config), markup=False, highlight=False)
     if path.is_dir():
@@ -62,8 +67,8 @@ def _summary(path: Path, c: ModelConfig) -> str:
     qk = f"{c.qk_nope_head_dim}/{c.qk_rope_head_dim}/{c.v_head_dim}"
     return f"""\
 {path}: {c.model_type}
-parameters: {parameters / 1e9:.3f} B in {len(table)} tensors, {per_token / 1e9:.3f} B a token
-stored: {fp8 / 1e9:.3f} GB as FP8, {bf16 / 1e9:.3f} GB as BF16 (without the MTP layer)
+parameters: {parameters / 1e6:,.1f} M in {len(table)} tensors, {per_token / 1e6:,.1f} M a token
+official layout: {fp8 / 1e9:.3f} GB as FP8, {bf16 / 1e9:.3f} GB as BF16 (without the MTP layer)
 layers: {c.num_hidden_layers}, {c.first_k_dense_replace} dense, {shared} with a shared indexer
 hidden {c.hidden_size}, vocabulary {c.vocab_size}, context {c.max_position_embeddings}
 attention: {c.num_attention_heads} heads, nope/rope/v {qk}, latent {c.kv_lora_rank}

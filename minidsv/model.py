@@ -14,7 +14,7 @@ from minidsv.kv_cache import KVCache
 from minidsv.layers import MLP, LayerWeights
 from minidsv.mla import MLA
 from minidsv.moe import MoE
-from minidsv.rope import RopeTable
+from minidsv.rope import Rope
 
 
 class DecoderLayer:
@@ -28,9 +28,7 @@ class DecoderLayer:
 class DeepseekV32:
     """A model over its caches; a step is any mix of prefill chunks and decode tokens."""
 
-    def __init__(
-        self, config: ModelConfig, weights: dict[str, Weight], cache: KVCache, max_model_len: int
-    ):
+    def __init__(self, config: ModelConfig, weights: dict[str, Weight], cache: KVCache):
         self.config = config
         self.embed_tokens = weights["embed_tokens"].data
         self.layers = [
@@ -39,9 +37,7 @@ class DeepseekV32:
         ]
         self.norm = weights["norm"].data
         self.lm_head = weights["lm_head"].data
-        self.rope = RopeTable(
-            config.rope, config.qk_rope_head_dim, max_model_len, self.embed_tokens.device
-        )
+        self.rope = Rope(config.rope, config.qk_rope_head_dim, self.embed_tokens.device)
 
     @torch.inference_mode()
     def forward(self, step: StepBatch) -> tuple[Tensor, Tensor]:

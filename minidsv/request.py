@@ -49,7 +49,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         _check_int("max_tokens", self.max_tokens, 1, optional=True)
-        _check_int("top_k", self.top_k, 0)
+        _check_int("top_k", self.top_k, -1)
         _check_int("seed", self.seed, 0, 2**SEED_BITS - 1, optional=True)
         _check_int("min_tokens", self.min_tokens, 0)
         _check_int("logprobs", self.logprobs, 0, optional=True)
@@ -98,7 +98,7 @@ def _check_int(
         return
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
         raise RequestError(
-            name, f"{reprlib.repr(value)} is not an integer; accepted: {least} to {most}"
+            name, f"{reprlib.repr(value)} is refused; accepted: integers from {least} to {most}"
         )
 
 
@@ -106,7 +106,7 @@ def _check_number(name: str, value: Any, least: float, most: float = MAX_NUMBER)
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not least <= value <= most:  # NaN fails the comparison
         raise RequestError(
-            name, f"{reprlib.repr(value)} is not a number; accepted: {least:g} to {most:g}"
+            name, f"{reprlib.repr(value)} is refused; accepted: numbers from {least:g} to {most:g}"
         )
 
 

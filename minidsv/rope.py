@@ -1,4 +1,4 @@
-"""Rotary tables of a model: plain or YaRN frequencies, cos and sin of every position."""
+"""Rotary embedding of a model: plain or YaRN frequencies, cos and sin of positions."""
 
 import math
 
@@ -27,14 +27,14 @@ def inv_freq(rope: RopeConfig, dim: int) -> Tensor:
     return freq / rope.factor * ramp + freq * (1 - ramp)
 
 
-class RopeTable:
-    """cos and sin of positions 0..length-1, fp32 [length, dim / 2] each."""
+class Rope:
+    """cos and sin of a model's positions, computed a step at a time: no table of a long context."""
 
-    def __init__(self, rope: RopeConfig, dim: int, length: int, device: torch.device):
-        angles = torch.arange(length, dtype=torch.float32).unsqueeze(1) * inv_freq(rope, dim)
-        self.cos = (angles.cos() * rope.cos_sin_scale).to(device)
-        self.sin = (angles.sin() * rope.cos_sin_scale).to(device)
+    def __init__(self, rope: RopeConfig, dim: int, device: torch.device):
+        self._inv_freq = inv_freq(rope, dim).to(device)
+        self._scale = rope.cos_sin_scale
 
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin of positions [T], fp32 [T, dim / 2] each."""
-        return self.cos[positions], self.sin[positions]
+        angles = positions.float().unsqueeze(1) * self._inv_freq
+        return angles.cos() * self._scale, angles.sin() * self._scale

@@ -70,7 +70,7 @@ class ModelRunner:
             raise ConfigError(
                 f"num_pages: {self.num_pages} pages of {self.page_bytes} bytes do not fit in memory"
             ) from None
-        self.model = DeepseekV32(model_config, weights, self.cache, config.max_model_len)
+        self.model = DeepseekV32(model_config, weights, self.cache)
 
     def describe(self) -> str:
         """One line: what runs where, in which types, and what it takes."""

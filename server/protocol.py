@@ -133,7 +133,9 @@ class GenerateRequest(BaseModel):
         _refuse(self, "", _UNSUPPORTED_REQUEST)
         given = [p for p in (self.text, self.input_ids) if p is not None]
         if len(given) != 1:
-            raise RequestError("text", "give either text or input_ids, and not both")
+            raise RequestError(
+                "text", f"exactly one of text and input_ids is needed, {len(given)} are given"
+            )
         return given[0]
 
     def to_params(self) -> SamplingParams:

@@ -187,7 +187,7 @@ def test_prompt_forms(llm: LLM) -> None:
         ("x", {"stop_token_ids": 5}, ["stop_token_ids", "5"]),
         ("x", {"top_p": 0}, ["top_p", "0"]),
         ("x", {"top_p": 1.5}, ["top_p", "1.5"]),
-        ("x", {"top_k": -1}, ["top_k", "-1"]),
+        ("x", {"top_k": -2}, ["top_k", "-2"]),
         ("x", {"seed": 2**63}, ["seed"]),
         ("x", {"stop": ""}, ["stop", "''"]),
         ("x", {"stop": ["a"] * 17}, ["stop", "17", "16"]),

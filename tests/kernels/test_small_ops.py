@@ -13,7 +13,7 @@ from minidsv.kernels.norm import add_rms_norm, layer_norm, rms_norm
 from minidsv.kernels.quant import dequantize_fp8_blocks, quantize_fp8_blocks
 from minidsv.kernels.rope import apply_rope
 from minidsv.kernels.router import grouped_topk
-from minidsv.rope import RopeTable, inv_freq
+from minidsv.rope import Rope, inv_freq
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -53,7 +53,7 @@ def test_yarn_frequencies() -> None:
 
 @pytest.mark.parametrize("interleaved", [True, False])
 def test_rope_layouts(interleaved: bool) -> None:
-    table = RopeTable(RopeConfig(1e4), 8, 100, torch.device("cpu"))
+    table = Rope(RopeConfig(1e4), 8, torch.device("cpu"))
     positions = torch.tensor([0, 1, 99])
     x = randn(3, 2, 8)
     got = apply_rope(x, *table.at(positions), interleaved)
@@ -68,7 +68,7 @@ def test_rope_layouts(interleaved: bool) -> None:
 
 
 def test_rope_layouts_choose_different_keys() -> None:
-    cos, sin = RopeTable(RopeConfig(1e4), 64, 64, torch.device("cpu")).at(torch.arange(64))
+    cos, sin = Rope(RopeConfig(1e4), 64, torch.device("cpu")).at(torch.arange(64))
     x = randn(64, 64)
     assert not torch.allclose(
         apply_rope(x, cos, sin, True), apply_rope(x, cos, sin, False), atol=1.0
