@@ -15,7 +15,7 @@ from minidsv.errors import ConfigError, RequestError
 from minidsv.kernels.constants import PAGE_SIZE
 from minidsv.output_text import OutputText
 from minidsv.random_weights import random_tensors
-from minidsv.request import SEED_BITS, Logprob, LogprobDict, Request, SamplingParams
+from minidsv.request import MAX_INT, Logprob, LogprobDict, Request, SamplingParams
 from minidsv.resolve import resolve
 from minidsv.runner import ModelRunner, RowLogprobs
 from minidsv.scheduler import Chunk, Scheduler
@@ -199,7 +199,7 @@ class Engine:
 
 
 def _derive_seed(seed: int, number: int) -> int:
-    return ((seed + 1) * 0x9E3779B97F4A7C15 + number * 0xD1B54A32D192ED03) % 2**SEED_BITS
+    return ((seed + 1) * 0x9E3779B97F4A7C15 + number * 0xD1B54A32D192ED03) % (MAX_INT + 1)
 
 
 def _folder(config: EngineConfig) -> Path:

@@ -9,9 +9,8 @@ from rich.table import Table
 from minidsv.checkpoint import Checkpoint
 from minidsv.config import ModelConfig
 from minidsv.errors import ConfigError
-from minidsv.kernels.constants import FP8_BLOCK
 from minidsv.kv_cache import bytes_per_token, index_bytes, latent_bytes
-from minidsv.resolve import check_cache_dtypes
+from minidsv.resolve import check_cache_dtypes, has_fp8_index_keys, has_fp8_rows
 from minidsv.roofline import GPUS, decode_cost, distinct_experts, spec_bytes, step_seconds
 from minidsv.tensor_table import tensor_table
 
@@ -40,9 +39,9 @@ def show(
         raise ConfigError(f"gpu: {gpu!r} is not one of {sorted(GPUS)}")
     config = ModelConfig.from_path(path)
     if kv_cache_dtype == "auto":
-        kv_cache_dtype = "bfloat16" if config.kv_lora_rank % FP8_BLOCK else "fp8"
+        kv_cache_dtype = "fp8" if has_fp8_rows(config) else "bfloat16"
     if index_cache_dtype == "auto":
-        index_cache_dtype = "fp8" if config.index_head_dim == FP8_BLOCK else "bfloat16"
+        index_cache_dtype = "fp8" if has_fp8_index_keys(config) else "bfloat16"
     check_cache_dtypes(config, kv_cache_dtype, index_cache_dtype)
     console.print(_summary(path, config), markup=False, highlight=False)
     if path.is_dir():

@@ -9,7 +9,6 @@ from typing import Any
 from minidsv.errors import RequestError
 
 MAX_STOP_STRINGS = 16
-SEED_BITS = 63
 MAX_INT = 2**63 - 1
 MAX_NUMBER = 1e6
 
@@ -50,7 +49,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         _check_int("max_tokens", self.max_tokens, 1, optional=True)
         _check_int("top_k", self.top_k, -1)
-        _check_int("seed", self.seed, 0, 2**SEED_BITS - 1, optional=True)
+        _check_int("seed", self.seed, 0, optional=True)
         _check_int("min_tokens", self.min_tokens, 0)
         _check_int("logprobs", self.logprobs, 0, optional=True)
         _check_int("prompt_logprobs", self.prompt_logprobs, 0, optional=True)

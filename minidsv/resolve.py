@@ -72,14 +72,24 @@ def _refuse_unbuilt(config: EngineConfig) -> None:
             raise ConfigError(f"{name}: {value!r} is not available: {why}")
 
 
+def has_fp8_rows(model: ModelConfig) -> bool:
+    """The latent splits into whole groups, each with a scale of its own."""
+    return model.kv_lora_rank % FP8_BLOCK == 0
+
+
+def has_fp8_index_keys(model: ModelConfig) -> bool:
+    """An indexer key is one group: DeepGEMM's page holds one scale a key."""
+    return model.index_head_dim == FP8_BLOCK
+
+
 def check_cache_dtypes(model: ModelConfig, kv_cache_dtype: str, index_cache_dtype: str) -> None:
     """Raise ConfigError if this model's rows have no such layout."""
-    if kv_cache_dtype == "fp8" and model.kv_lora_rank % FP8_BLOCK:
+    if kv_cache_dtype == "fp8" and not has_fp8_rows(model):
         raise ConfigError(
             f"kv_cache_dtype: 'fp8' needs a kv_lora_rank that is a multiple of {FP8_BLOCK}, this "
             f"model has {model.kv_lora_rank}; accepted here: 'float32', 'bfloat16', 'fp8_flat'"
         )
-    if index_cache_dtype == "fp8" and model.index_head_dim != FP8_BLOCK:
+    if index_cache_dtype == "fp8" and not has_fp8_index_keys(model):
         raise ConfigError(
             f"index_cache_dtype: 'fp8' needs index_head_dim {FP8_BLOCK}, this model has "
             f"{model.index_head_dim}; accepted here: 'float32', 'bfloat16'"
