@@ -32,6 +32,18 @@ class StepOutput:
     finished: bool
 
 
+@dataclass(frozen=True)
+class EngineStats:
+    """The load now, and totals since the engine started."""
+
+    running: int  # requests
+    waiting: int
+    kv_cache_usage: float  # share of the pages that have an owner, 0 to 1
+    prefill_tokens: int  # computed in prefill chunks, a preempted request's again
+    decode_tokens: int  # computed one a request and step
+    preemptions: int
+
+
 class Engine:
     """Schedule, run, sample, detokenise."""
 
@@ -53,6 +65,7 @@ class Engine:
         )
         self._texts: dict[Request, OutputText] = {}
         self._ids = count()
+        self._prefill_tokens = self._decode_tokens = 0
 
     @property
     def has_work(self) -> bool:
@@ -99,6 +112,7 @@ class Engine:
             return []
         result = self.runner.execute(chunks)
         self.scheduler.advance(chunks)
+        self._count(chunks)
         for chunk, rows in zip(chunks, result.prompt_logprobs, strict=True):
             chunk.request.prompt_logprobs += [self._logprobs(row) for row in rows]
         sampled = [chunk.request for chunk in chunks if chunk.samples]
@@ -129,11 +143,29 @@ class Engine:
         finally:
             self.block_manager.free(request)
 
+    def stats(self) -> EngineStats:
+        """Load and totals; cheap enough for every step."""
+        pages = self.block_manager
+        return EngineStats(
+            running=len(self.scheduler.running),
+            waiting=len(self.scheduler.waiting),
+            kv_cache_usage=1 - pages.num_free / pages.num_pages,
+            prefill_tokens=self._prefill_tokens,
+            decode_tokens=self._decode_tokens,
+            preemptions=self.scheduler.num_preemptions,
+        )
+
     @property
     def max_request_tokens(self) -> int:
         """The longest prompt + output: the context, or what the whole pool holds."""
         assert self.config.max_model_len is not None
         return min(self.config.max_model_len, self.runner.num_pages * PAGE_SIZE)
+
+    def _count(self, chunks: list[Chunk]) -> None:
+        for chunk in chunks:
+            decoding = chunk.num_tokens == 1 and chunk.start >= len(chunk.request.prompt_token_ids)
+            self._decode_tokens += decoding
+            self._prefill_tokens += 0 if decoding else chunk.num_tokens
 
     def _check_prompt(self, token_ids: list[int], room: int) -> None:
         """Raise RequestError unless these are token ids and leave `room` tokens for an output."""

@@ -323,3 +323,24 @@ def test_prompt_logits_shape_and_limits(llm: LLM) -> None:
         llm.prompt_logits([3] * 601)
     with pytest.raises(RequestError, match="token_ids"):
         llm.prompt_logits(5)  # type: ignore[arg-type]
+
+
+def test_stats() -> None:
+    """Totals count every token once, and again what a preemption costs."""
+    llm = LLM(load_format="random", num_pages=4, max_model_len=256, max_num_batched_tokens=64)
+    engine = llm.engine
+    for length in (100, 60):
+        engine.add(
+            engine.make_request([5] * length, SamplingParams(max_tokens=80, ignore_eos=True))
+        )
+    assert (engine.stats().running, engine.stats().waiting) == (0, 2)
+    engine.step()
+    assert engine.stats().prefill_tokens == 64
+    assert engine.stats().kv_cache_usage == pytest.approx(0.25)
+    while engine.has_work:
+        engine.step()
+    stats = engine.stats()
+    assert (stats.running, stats.waiting, stats.kv_cache_usage) == (0, 0, 0.0)
+    assert stats.preemptions > 0
+    assert stats.prefill_tokens > 160
+    assert 79 <= stats.decode_tokens <= 2 * 79
