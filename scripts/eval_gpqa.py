@@ -1,0 +1,203 @@
+"""GPQA-style accuracy, and a gate that compares two engines item by item.
+
+    python scripts/eval_gpqa.py                                  # 512 items for the bundled model
+    python scripts/eval_gpqa.py --csv gpqa_diamond.csv --base-url http://host:8000 --chat
+    python scripts/eval_gpqa.py parity --a transformers --b device=cpu
+
+Exit status: 0 fine, 1 red (accuracy below --min-accuracy, or a parity limit passed), 2 a wrong
+option, file or configuration, 3 requests failed (what is recorded stays; run again to go on).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict
+from hashlib import sha256
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from eval_backends import BackendError
+from eval_http import HTTPOptions
+from eval_items import Item, ItemError, Protocol, bundled_problems, make_items, read_gpqa
+from eval_parity import LIMITS, Tier, compare, judge
+from eval_records import Record, RecordFile
+from eval_report import print_accuracy, print_parity, progress
+from eval_run import Failures, Settings, TooManyErrors, run
+from eval_sources import Source, common_tier, read_conf
+
+from minidsv import __version__
+from minidsv.errors import MinidsvError
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+Csv = Annotated[Path | None, typer.Option(help="gpqa_*.csv; without it, the bundled questions")]
+Limit = Annotated[int | None, typer.Option(min=1, help="ask only the first N questions")]
+Repeats = Annotated[int, typer.Option(min=1, help="ask each question so often, options reordered")]
+Seed = Annotated[int, typer.Option(min=0, help="of the bundled questions, and of sampling")]
+Model = Annotated[str | None, typer.Option(help="the server's model; default: its first")]
+ApiKey = Annotated[str | None, typer.Option(help="bearer key for the server")]
+Concurrency = Annotated[int, typer.Option(min=1, help="requests at once to a server")]
+Retries = Annotated[int, typer.Option(min=0, help="more tries of a request that failed")]
+Timeout = Annotated[float, typer.Option(min=0.1, help="seconds for a request to a server")]
+
+
+@app.callback(invoke_without_command=True)
+def accuracy(
+    context: typer.Context,
+    csv: Csv = None,
+    engine: Annotated[str, typer.Option(help="LLM's arguments, key=value,...")] = "",
+    base_url: Annotated[
+        str | None, typer.Option(help="an OpenAI-compatible server instead")
+    ] = None,
+    protocol: Annotated[
+        Protocol | None, typer.Option(help="default: generative for a CSV, else loglikelihood")
+    ] = None,
+    repeats: Repeats = 1,
+    limit: Limit = None,
+    seed: Seed = 0,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="most to generate (generative only)  [default: 4096]")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, help="0 is greedy (generative only)  [default: 0]")
+    ] = None,
+    records: Annotated[Path | None, typer.Option(help="JSONL to write, and to resume from")] = None,
+    min_accuracy: Annotated[
+        float | None, typer.Option(help="below it red; default 0.99 for the bundled pair, else 0")
+    ] = None,
+    max_errors: Annotated[int, typer.Option(min=0, help="items that may fail, uncounted")] = 0,
+    model: Model = None,
+    api_key: ApiKey = None,
+    chat: Annotated[bool, typer.Option("--chat", help="use /v1/chat/completions")] = False,
+    concurrency: Concurrency = 16,
+    retries: Retries = 4,
+    timeout: Timeout = 1800.0,
+) -> None:
+    """Accuracy on GPQA, or on the bundled questions."""
+    if context.invoked_subcommand is not None:
+        return
+    bundled = csv is None and base_url is None and "model=" not in engine
+    with _errors():
+        source = read_conf(
+            base_url or engine,
+            HTTPOptions(model, api_key, chat, concurrency, retries, timeout),
+        )
+        settings = settings_of(
+            protocol or ("loglikelihood" if csv is None else "generative"),
+            max_tokens,
+            temperature,
+            seed,
+            max_errors,
+        )
+        items = load_items(csv, settings.protocol, repeats, limit, seed)
+        done, failed = ask(source, items, settings, records, csv)
+    more = {"conf": source.conf, "version": __version__, "failures": failed.last}
+    share = print_accuracy(list(done.values()), failed, settings.protocol, more)
+    if failed.topics:
+        raise typer.Exit(3)
+    raise typer.Exit(share < (0.99 * bundled if min_accuracy is None else min_accuracy))
+
+
+@app.command()
+def parity(
+    a: Annotated[str, typer.Option(help="the reference: CONF as below")],
+    b: Annotated[str, typer.Option(help="what is compared with it")],
+    csv: Csv = None,
+    repeats: Repeats = 1,
+    limit: Limit = None,
+    seed: Seed = 0,
+    tier: Annotated[
+        Tier | None, typer.Option(help="how near B must be; default: what both dtypes allow")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="compared after each prompt, greedy")] = 8,
+    out: Annotated[Path | None, typer.Option(help="JSONL, a line an item")] = None,
+    model: Model = None,
+    api_key: ApiKey = None,
+    concurrency: Concurrency = 16,
+    retries: Retries = 4,
+    timeout: Timeout = 1800.0,
+) -> None:
+    """Run A and B over the same items; exit 1 if B is not as good, or not as near as it must be.
+
+    CONF is key=value,... of LLM's arguments (device=cpu,kv_cache_dtype=bfloat16), the URL of a
+    server, `transformers` or transformers=FOLDER (Hugging Face's own model in float32), or the
+    record file of an earlier run. The same CONF twice must give the same bits.
+    """
+    options = HTTPOptions(model, api_key, False, concurrency, retries, timeout)
+    with _errors():
+        sources = [read_conf(conf, options) for conf in (a, b)]
+        settings = Settings("loglikelihood", tokens, seed=seed, ignore_eos=tokens > 1)
+        items = load_items(csv, settings.protocol, repeats, limit, seed)
+        runs = [ask(source, items, settings, None, csv)[0] for source in sources]
+    chosen: Tier = tier or common_tier(*sources)
+    pairs = [compare(runs[0][item.key], runs[1][item.key]) for item in items]
+    verdict = judge(pairs, LIMITS[chosen])
+    if out is not None:
+        out.write_text("".join(json.dumps(pair.as_line()) + "\n" for pair in pairs))
+    print_parity(pairs, verdict, chosen, LIMITS[chosen], {"a": a, "b": b, "version": __version__})
+    raise typer.Exit(not verdict.green)
+
+
+def settings_of(
+    protocol: Protocol,
+    max_tokens: int | None,
+    temperature: float | None,
+    seed: int,
+    max_errors: int,
+) -> Settings:
+    """Checks that no option is given that the protocol has no use for."""
+    if protocol == "loglikelihood":
+        for name, value in (("--max-tokens", max_tokens), ("--temperature", temperature)):
+            if value is not None:
+                raise ItemError(f"{name}: {value} has no meaning with --protocol loglikelihood")
+        return Settings(protocol, seed=seed, max_errors=max_errors)
+    return Settings(protocol, max_tokens or 4096, temperature or 0.0, seed, max_errors=max_errors)
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Whatever goes wrong is one line and an exit status."""
+    try:
+        yield
+    except (MinidsvError, ItemError) as error:
+        _fail(str(error), 2)
+    except (BackendError, TooManyErrors) as error:
+        _fail(str(error), 3)
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    raise typer.Exit(status)
+
+
+def load_items(
+    csv: Path | None, protocol: Protocol, repeats: int, limit: int | None, seed: int
+) -> list[Item]:
+    problems = bundled_problems(seed) if csv is None else read_gpqa(csv, protocol)
+    return list(make_items(problems[:limit], repeats))
+
+
+def ask(
+    source: Source, items: list[Item], settings: Settings, path: Path | None, csv: Path | None
+) -> tuple[dict[tuple[str, int], Record], Failures]:
+    """Records of all items, from the file where it has them, and what failed."""
+    backend = source.open()
+    questions = "bundled" if csv is None else sha256(csv.read_bytes()).hexdigest()
+    header: dict[str, Any] = {"version": __version__, "questions": questions, **asdict(settings)}
+    header["backend"] = backend.describe()
+    with (
+        closing(backend),
+        progress(source.conf, len(items)) as advance,
+        closing(RecordFile(path, header, advance)) as file,
+    ):
+        failures = run(items, backend, settings, file)
+    wanted = {item.key for item in items}
+    return {key: record for key, record in file.records.items() if key in wanted}, failures
+
+
+if __name__ == "__main__":
+    app()

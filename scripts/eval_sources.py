@@ -1,0 +1,109 @@
+"""CONF: what to ask, checked before anything is asked.
+
+`key=value,...` are LLM's arguments (nothing: the bundled model as it is), `http://host:port` is an
+OpenAI-compatible server, `transformers` or `transformers=FOLDER` Hugging Face's model in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from eval_backends import Backend, EngineBackend
+from eval_http import HTTPBackend, HTTPOptions
+from eval_parity import Tier
+
+from minidsv.config import ModelConfig
+from minidsv.engine_config import EngineConfig, bundled_model, model_path
+from minidsv.errors import ConfigError
+from minidsv.resolve import resolve
+
+Precision = Literal["fp32", "bf16", "fp8"]
+PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "fp8")  # from the finest
+TRUTH = {"true": True, "false": False}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checked CONF: how it computes (a server's precision is unknown), and how to open it."""
+
+    conf: str
+    precision: Precision | None
+    resolved: dict[str, Any]
+    open: Callable[[], Backend]
+
+
+def read_conf(conf: str, options: HTTPOptions) -> Source:
+    """Raises ConfigError, by name, for what cannot run here, and BackendError if no server is."""
+    if conf.startswith(("http://", "https://")):
+        server = HTTPBackend(conf, options)
+        return Source(conf, None, server.describe(), lambda: server)
+    if conf.partition("=")[0] == "transformers":
+        return _reference(conf)
+    return _engine(conf)
+
+
+def _reference(conf: str) -> Source:
+    folder = Path(conf.partition("=")[2] or bundled_model())
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"transformers: {str(folder)!r} is not a folder with a checkpoint")
+
+    def open_model() -> Backend:
+        from eval_reference import TransformersBackend
+
+        return TransformersBackend(folder)
+
+    return Source(conf, "fp32", {"transformers": str(folder)}, open_model)
+
+
+def _engine(conf: str) -> Source:
+    config = engine_config(conf)
+    resolved = resolve(config, ModelConfig.from_path(model_path(config)))
+    caches = (resolved.kv_cache_dtype, resolved.index_cache_dtype)
+    precision: Precision = "bf16"
+    if any(dtype.startswith("fp8") for dtype in caches) or resolved.quantization == "fp8":
+        precision = "fp8"
+    elif {resolved.dtype, *caches} == {"float32"}:
+        precision = "fp32"
+    return Source(conf, precision, asdict(resolved), lambda: EngineBackend(config))
+
+
+def engine_config(conf: str) -> EngineConfig:
+    """`key=value,...` as LLM's arguments; raises ConfigError naming the key."""
+    types = {option.name: str(option.type) for option in fields(EngineConfig)}
+    options: dict[str, Any] = {}
+    for part in filter(None, (part.strip() for part in conf.split(","))):
+        key, equals, value = part.partition("=")
+        if key not in types or not equals:
+            raise ConfigError(
+                f"{part!r} is not key=value with a key of {sorted(types)}, an http:// address or "
+                "'transformers'"
+            )
+        if key in options:
+            raise ConfigError(f"{key}: given twice in {conf!r}")
+        options[key] = _value(key, value, types[key])
+    return EngineConfig(**options)
+
+
+def _value(key: str, value: str, kind: str) -> Any:
+    if "int" in kind:
+        try:
+            return int(value)
+        except ValueError:
+            raise ConfigError(f"{key}: {value!r} is not an integer") from None
+    if "bool" in kind:
+        if value not in TRUTH:
+            raise ConfigError(f"{key}: {value!r} is not one of {list(TRUTH)}")
+        return TRUTH[value]
+    return value
+
+
+def common_tier(a: Source, b: Source) -> Tier:
+    """How near two runs must be: the same bits for the same engine, else by the coarser dtypes."""
+    if a.resolved == b.resolved and a.precision is not None:
+        return "same"
+    if a.precision is None or b.precision is None:
+        return PRECISIONS[-1]
+    return max(a.precision, b.precision, key=PRECISIONS.index)
