@@ -61,7 +61,9 @@ class Served:
 def serving(grace: int | None = None) -> Iterator[Served]:
     """The application under uvicorn in a thread, on a port that is open from the start."""
     engine = Engine(EngineConfig(**OPTIONS))
-    config = uvicorn.Config(create_app(engine), log_level="error", timeout_graceful_shutdown=grace)
+    config = uvicorn.Config(
+        create_app(lambda: engine), log_level="error", timeout_graceful_shutdown=grace
+    )
     server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = "http://127.0.0.1:%d" % listener.getsockname()[1]  # noqa: UP031
