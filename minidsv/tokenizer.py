@@ -35,10 +35,10 @@ class Tokenizer:
         self.backend.no_padding()
         self.size = 1 + max(self.backend.get_vocab(with_added_tokens=True).values())  # with gaps
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`, with the special tokens that the tokenizer adds (BOS)."""
         try:
-            return self.backend.encode(text).ids
+            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
         except (TypeError, UnicodeEncodeError):
             raise RequestError("prompt", "not valid Unicode text (a lone surrogate?)") from None
 
