@@ -83,7 +83,7 @@ def generate(
     from minidsv.llm import LLM
 
     llm = LLM(**engine)
-    _start(llm.engine)
+    prepare(llm.engine)
     times = [time.perf_counter()]
 
     def on_output(output: "StepOutput") -> None:
@@ -102,7 +102,7 @@ def generate(
     )
 
 
-def _start(engine: "Engine") -> None:
+def prepare(engine: "Engine") -> None:
     """Say what was loaded; give a small model on CPU one thread.
 
     A second one brings it nothing, and spins for a core where another process has it: 3 tokens/s
@@ -135,7 +135,7 @@ def serve(
     from minidsv.server.app import run
 
     loaded = Engine(EngineConfig(**engine))
-    _start(loaded)
+    prepare(loaded)
     run(loaded, host, port)
 
 
@@ -178,11 +178,16 @@ def version() -> None:
 
 
 def main() -> None:
-    """Run the command line; bad input ends with one line on standard error and exit code 2."""
+    """Run the command line."""
+    run_app(app)
+
+
+def run_app(application: typer.Typer) -> None:
+    """Run and exit; bad input ends with one line on standard error and exit code 2."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a model's text need not fit the terminal
     try:
-        sys.exit(app(standalone_mode=False))
+        sys.exit(application(standalone_mode=False))
     except MinidsvError as error:
         message = str(error)
     except Exception as error:
