@@ -54,7 +54,8 @@ class Decoder:
     """Decodes pushed bytes; `offset` counts those that belong to what it has yielded."""
 
     def __init__(self, codec: Codec):
-        self._codec, self._block = codec, None
+        self._codec = codec
+        self._block: Any = None
         self.offset = 0
         self.whole = True  # no block is open
 

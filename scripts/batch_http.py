@@ -47,7 +47,7 @@ class Endpoint:
 class HttpBackend:
     """Keeps `concurrency` requests on their way; answers are not streamed."""
 
-    urls = (COMPLETIONS, CHAT)
+    urls: tuple[str, ...] = (COMPLETIONS, CHAT)
 
     def __init__(self, endpoint: Endpoint):
         self._endpoint, self._client = endpoint, endpoint.client()

@@ -58,6 +58,8 @@ class Journal:
 
         Raises BatchError where something else is broken than the end.
         """
+        if not self.durable:
+            return
         decoder, splitter = Decoder(self._codec), Splitter()
         lines: list[bytes | None] = []
         good = number = 0

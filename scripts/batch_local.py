@@ -27,7 +27,7 @@ class _Running:
 class LocalBackend:
     """Steps the engine of `llm`; of a step's time it knows whether it was prefill or decode."""
 
-    urls = (COMPLETIONS,)
+    urls: tuple[str, ...] = (COMPLETIONS,)
 
     def __init__(self, llm: LLM, name: str):
         """name: the model's, for lines that bring one."""
