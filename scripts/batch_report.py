@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from batch_lines import Answer
 from minidsv import __version__
@@ -80,12 +81,11 @@ class Reporter:
         self._start = self._shown = time.monotonic()
         self._tokens = [(self._start, 0)]  # (time, generated) at the last two displays
         self._progress = Progress(
-            BarColumn(),
+            BarColumn(bar_width=12),
             TextColumn("{task.percentage:>3.0f}%" if size else ""),
-            TextColumn("{task.description}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
             TimeRemainingColumn(),
+            TextColumn("{task.description}", table_column=Column(ratio=1)),
+            expand=True,
             console=console,
             disable=quiet or self._plain,
         )
