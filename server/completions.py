@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from pydantic import Field, PlainValidator, ValidationError, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-from minidsv.engine import Engine
+from minidsv.engine import Engine, StepOutput
 from minidsv.errors import RequestError
 from minidsv.request import LogprobDict, Request, SamplingParams
 from minidsv.server.openai_request import OpenAIRequest, finite, prompt_logprobs, usage
@@ -128,7 +128,7 @@ def completion_body(
     created: int,
 ) -> dict[str, Any]:
     """The answer of the finished `requests` that `make_requests` made of `body`."""
-    choices = [Choice(body, index, request, tokenizer) for index, request in enumerate(requests)]
+    choices = choices_of(body, requests, tokenizer)
     counts = [len(request.output_token_ids) for request in requests]
     return {
         "id": answer_id,
@@ -143,6 +143,13 @@ def completion_body(
     }
 
 
+def choices_of(
+    body: CompletionRequest, requests: Sequence[Request], tokenizer: Tokenizer
+) -> list["Choice"]:
+    """One a request, with its number in the answer."""
+    return [Choice(body, index, request, tokenizer) for index, request in enumerate(requests)]
+
+
 @dataclass
 class Choice:
     """One choice as its request goes on; a whole answer is a single part."""
@@ -154,6 +161,10 @@ class Choice:
     num_tokens: int = 0  # output tokens in the parts so far
     _text_offset: int = 0  # characters of the tokens in the parts so far
     _begun: bool = False
+
+    def parts(self, output: StepOutput) -> list[dict[str, Any]]:
+        """The part of one engine step."""
+        return [self.part(output.text, len(output.token_ids), output.finished)]
 
     def part(self, text: str, num_tokens: int, finished: bool) -> dict[str, Any]:
         """The next part: new `text` and as many new tokens; the first one brings the echo."""
