@@ -9,6 +9,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from minidsv.errors import RequestError
+from minidsv.server.protocol import validation_reason
 
 logger = logging.getLogger(__name__)
 
@@ -40,10 +41,34 @@ def error_body(
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+def unavailable(reason: str, retry_seconds: int = 5) -> ServerError:
+    """503: another time, or another server, may do."""
+    return ServerError(503, f"{reason}; try again", headers={"Retry-After": str(retry_seconds)})
+
+
+def engine_failed(status: int = 503) -> ServerError:
+    """503 for those who come later; 500 for those who ran, since one of them may have done it."""
+    headers = {"Retry-After": "5"} if status == 503 else {"x-should-retry": "false"}
+    return ServerError(status, "the engine has failed; see the server's log", headers=headers)
+
+
 def bug() -> ServerError:
     """The answer to an exception that nobody expected; a retry would raise it again."""
     headers = {"x-should-retry": "false"}
     return ServerError(500, "internal error; see the server's log", headers=headers)
+
+
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    400: {"description": "The request is refused; `param` names the field."},
+    401: {"description": "No accepted key."},
+    404: {"description": "No such path or model."},
+    405: {"description": "Not with this method."},
+    413: {"description": "The body is too long."},
+    500: {"description": "A bug, or the engine failed while it ran the request."},
+    503: {"description": "Starting, full or shutting down; see Retry-After."},
+    504: {"description": "Not done within the server's time limit."},
+}
+"""What any route may answer beside its own, for the schema."""
 
 
 def install(app: FastAPI) -> None:
@@ -66,14 +91,7 @@ async def _on_request_error(_: Request, error: Exception) -> JSONResponse:
 
 async def _on_validation_error(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    if first["type"] == "json_invalid":
-        param, reason = None, f"{first['msg']} at character {first['loc'][-1]}"
-    elif first["type"] in ("missing", "model_attributes_type") and first["loc"] == ("body",):
-        param, reason = None, "a JSON object with Content-Type: application/json is needed"
-    else:
-        param = ".".join(str(part) for part in first["loc"] if part != "body") or None
-        reason = first["msg"]
+    param, reason = validation_reason(error.errors()[0])
     message = f"{param or 'body'}: {reason}"
     return JSONResponse(error_body(message, "invalid_request_error", param), 400)
 
