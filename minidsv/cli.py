@@ -77,7 +77,7 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="the prompt; - reads standard input")],
     *,
     engine: dict[str, Any],
-    max_tokens: Annotated[int, typer.Option(help="most tokens to generate")] = 64,
+    max_tokens: Annotated[int, typer.Option(min=1, help="most tokens to generate")] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
     top_p: Annotated[float, typer.Option(help="keep the smallest set with this probability")] = 1.0,
     top_k: Annotated[int, typer.Option(help="keep this many tokens; 0: all")] = 0,

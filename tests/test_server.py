@@ -99,7 +99,7 @@ SAMPLING = {
     "temperature": ["NaN", "1e400", "-1", "true", '"1"', f"{10**400}"],
     "top_p": ["0", "1.1", "NaN"], "top_k": ["-2", "1.0"], "ignore_eos": ["1"],
     "sampling_seed": [f"{10**24}", "-1", "1e400", "true"], "stop_token_ids": ["[true]", "[-1]"],
-    "max_new_tokens": ["0", "2.0", "100000", "9" * 4300], "min_new_tokens": ["129"],
+    "max_new_tokens": ["-1", "2.0", "100000", "9" * 4300], "min_new_tokens": ["129"],
     "n": ["2", "true"], "min_p": ["0.1"], "frequency_penalty": ["0.5"], "presence_penalty": ["-1"],
     "repetition_penalty": ["1.1"], "logit_bias": ['{"5": 1}'], "json_schema": ['"{}"'],
     "regex": ['"a+"'], "stop_regex": ['"a"'], "ebnf": ['"a"'], "structural_tag": ['"a"'],
