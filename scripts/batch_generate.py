@@ -33,7 +33,7 @@ from batch_lines import Source
 from batch_report import Reporter, program
 from batch_run import Backend, Batch, Stop, resume, summarise
 from minidsv import __version__
-from minidsv.cli import engine_options, prepare, run_app
+from minidsv.cli import engine_options, limit_threads, run_app
 from minidsv.engine_config import EngineConfig, model_path
 
 SCHEDULING = ("max_num_seqs", "max_num_batched_tokens", "num_pages")  # change no result
@@ -145,7 +145,8 @@ def _local(engine: dict[str, Any], name: str | None) -> tuple[Backend, dict[str,
     from minidsv import LLM
 
     llm = LLM(**engine)
-    prepare(llm.engine)
+    print(f"[{llm.engine.runner.describe()}]", file=sys.stderr)
+    limit_threads(llm.engine)
     config = llm.engine.config
     folder = model_path(config).resolve()
     options = {k: v for k, v in asdict(config).items() if k not in SCHEDULING}

@@ -25,7 +25,7 @@ from batch_journal import Journal
 from batch_lines import Answer, Failure, LineError, dump, parse
 from batch_local import LocalBackend
 from minidsv import LLM
-from minidsv.cli import prepare
+from minidsv.cli import limit_threads
 from minidsv.engine_config import model_path
 
 SCRIPTS = Path(__file__).resolve().parent
@@ -37,7 +37,7 @@ class Worker:
 
     def __init__(self, options: dict[str, Any]):
         llm = LLM(**options)
-        prepare(llm.engine)
+        limit_threads(llm.engine)
         self._seed = llm.engine.config.seed
         self._backend = LocalBackend(llm, model_path(llm.engine.config).resolve().name)
 

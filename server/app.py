@@ -1,42 +1,56 @@
-"""The FastAPI application, put together from its routers, and the process that serves it."""
+"""The FastAPI application, put together from its routers."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-import uvicorn
 from fastapi import FastAPI
 
 from minidsv import __version__
 from minidsv.engine import Engine
-from minidsv.server import errors, generate, health
+from minidsv.server import errors, generate, health, models, openai_routes, tokenize
+from minidsv.server.auth import BearerKeys
 from minidsv.server.gate import Gate
+from minidsv.server.logs import report_status
 from minidsv.server.options import ServerOptions
 from minidsv.server.serving import Serving
 
-GRACE_SECONDS = 20  # what runs at a SIGTERM or Ctrl-C may go on for so long
-ROUTERS = (health.routes, generate.routes)
-
-
-def run(engine: Engine, host: str, port: int) -> None:
-    """Serve until interrupted."""
-    app = create_app(lambda: engine)
-    uvicorn.run(app, host=host, port=port, timeout_graceful_shutdown=GRACE_SECONDS)
+ROUTERS = (
+    health.routes,
+    generate.routes,
+    openai_routes.routes,
+    models.routes,
+    tokenize.routes,
+)
 
 
 def create_app(load: Callable[[], Engine], options: ServerOptions | None = None) -> FastAPI:
-    """The application over an engine, which `load` makes at startup, in the engine's thread."""
+    """The application over an engine, which `load` makes at startup, in the engine's thread.
+
+    Its `state.serving` is the Serving that the routes share. Raises ConfigError for bad keys.
+    """
     serving = Serving(load, options or ServerOptions())
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         serving.start()
+        status = asyncio.create_task(report_status(serving))
         yield
+        status.cancel()
         await asyncio.to_thread(serving.stop)
 
-    app = FastAPI(title="minidsv", version=__version__, lifespan=lifespan)
+    app = FastAPI(
+        title="minidsv",
+        version=__version__,
+        lifespan=lifespan,
+        responses=errors.RESPONSES,
+        docs_url=None,  # they would load their scripts from elsewhere
+        redoc_url=None,
+    )
+    app.state.serving = serving
     errors.install(app)
-    app.add_middleware(Gate)
+    keys = BearerKeys(serving.options)
+    app.add_middleware(Gate, keys=keys, max_body_bytes=serving.options.max_body_bytes)
     for routes in ROUTERS:
         app.include_router(routes(serving))
     return app

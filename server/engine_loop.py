@@ -1,65 +1,102 @@
-"""EngineLoop: the thread that loads the engine and owns it from then on."""
+"""EngineLoop: the thread that loads the engine and owns it, and its bridge to the event loop."""
 
-import logging
+import asyncio
+import contextlib
 import queue
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from minidsv.engine import Engine, StepOutput
-from minidsv.request import Request
+from minidsv.request import Request, Status
 
-logger = logging.getLogger(__name__)
+JOIN_SECONDS = 10  # a step that outlasts it is left to die with the process
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one engine step did; times are those of `time.monotonic`."""
+
+    began: float
+    ended: float
+    started: list[Request]  # left the queue in it
+    outputs: list[StepOutput]
+    num_tokens: int  # computed
+
+
+class Listener(Protocol):
+    """Whom the thread tells; called on the event loop."""
+
+    def loaded(self, engine: Engine) -> None: ...
+
+    def stepped(self, step: Step) -> None: ...
+
+    def ended(self, error: Exception | None) -> None:
+        """No step will follow: `stop` was called, or the engine raised `error`."""
 
 
 class EngineLoop:
     """Runs `engine.step()` while there is work; only its thread touches the engine.
 
-    `deliver`, called in the thread, gets the outputs of each step, and None when no more will come:
-    the engine has failed, or `stop` was called.
+    An exception ends the thread for good: nobody knows which requests the broken step had booked,
+    what it wrote into the caches, or (CUDA) whether the context still works. Whoever supervises the
+    process starts a new one.
     """
 
-    def __init__(
-        self, load: Callable[[], Engine], deliver: Callable[[list[StepOutput] | None], None]
-    ):
-        self.engine: Engine | None = None  # None: not loaded yet
-        self._load, self._deliver = load, deliver
+    def __init__(self, load: Callable[[], Engine], listener: Listener):
+        self._load, self._listener = load, listener
         self._commands: queue.SimpleQueue[Callable[[Engine], None]] = queue.SimpleQueue()
+        self._queued: deque[Request] = deque()  # of the thread: what no step has taken up yet
+        self._step_began: float | None = None
         self._stopping = False
-        self._failed = False
         self._thread = threading.Thread(target=self._run, name="minidsv-engine", daemon=True)
 
     @property
-    def healthy(self) -> bool:
-        return self._thread.is_alive() and not self._failed
+    def step_seconds(self) -> float:
+        """How long the step that runs has been running; 0 between steps."""
+        began = self._step_began
+        return 0.0 if began is None else time.monotonic() - began
 
     def start(self) -> None:
+        self._events = asyncio.get_running_loop()
         self._thread.start()
 
     def stop(self) -> None:
         """End the thread after its step."""
         self._stopping = True
         self._commands.put(lambda _: None)
-        self._thread.join()
+        self._thread.join(JOIN_SECONDS)
 
     def add(self, requests: Sequence[Request]) -> None:
-        self._commands.put(lambda engine: [engine.add(r) for r in requests] and None)
+        def command(engine: Engine) -> None:
+            for request in requests:
+                engine.add(request)
+                self._queued.append(request)
+
+        self._commands.put(command)
 
     def abort(self, requests: Sequence[Request]) -> None:
-        self._commands.put(lambda engine: [engine.abort(r) for r in requests] and None)
+        def command(engine: Engine) -> None:
+            for request in requests:
+                engine.abort(request)
+
+        self._commands.put(command)
 
     def _run(self) -> None:
         try:
-            self.engine = engine = self._load()
+            engine = self._load()
+            self._tell(self._listener.loaded, engine)
             while not self._stopping:
                 self._run_commands(engine)
-                outputs = engine.step()
-                if outputs:
-                    self._deliver(outputs)
+                self._step(engine)
             self._run_commands(engine)
-        except Exception:
-            logger.exception("the engine failed; its requests are answered with an error")
-            self._failed = True
-        self._deliver(None)
+        except Exception as error:
+            self._tell(self._listener.ended, error)
+        else:
+            self._tell(self._listener.ended, None)
 
     def _run_commands(self, engine: Engine) -> None:
         """Run what is queued; without work, wait for something."""
@@ -70,3 +107,29 @@ class EngineLoop:
                 self._commands.get_nowait()(engine)
             except queue.Empty:
                 return
+
+    def _step(self, engine: Engine) -> None:
+        before = _tokens_computed(engine)
+        began = self._step_began = time.monotonic()
+        outputs = engine.step()
+        ended, self._step_began = time.monotonic(), None
+        num_tokens = _tokens_computed(engine) - before
+        if num_tokens:
+            step = Step(began, ended, self._started(), outputs, num_tokens)
+            self._tell(self._listener.stepped, step)
+
+    def _tell(self, callback: Callable[[Any], None], argument: object) -> None:
+        with contextlib.suppress(RuntimeError):  # the event loop has closed: a forced exit
+            self._events.call_soon_threadsafe(callback, argument)
+
+    def _started(self) -> list[Request]:
+        """Requests that have left the queue, which is first come, first served."""
+        started = []
+        while self._queued and self._queued[0].status is not Status.WAITING:
+            started.append(self._queued.popleft())
+        return started
+
+
+def _tokens_computed(engine: Engine) -> int:
+    stats = engine.stats()
+    return stats.prefill_tokens + stats.decode_tokens

@@ -1,6 +1,7 @@
 """What the server answers when it does not answer: OpenAI's nested error shape, everywhere."""
 
-import logging
+import math
+import random
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -9,8 +10,10 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from minidsv.errors import RequestError
+from minidsv.server.protocol import validation_reason
 
-logger = logging.getLogger(__name__)
+RETRY_MS = (1000, 4000)
+FAILED = "the engine has failed; see the server's log"
 
 
 class ServerError(Exception):
@@ -40,10 +43,44 @@ def error_body(
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+def unavailable(reason: str) -> ServerError:
+    """503: another time, or another server, may do.
+
+    Clients that were refused together are told different times, or they would come back together:
+    openai's obeys to the millisecond (Retry-After-Ms), others to the second.
+    """
+    wait_ms = random.randint(*RETRY_MS)
+    headers = {"Retry-After": str(math.ceil(wait_ms / 1000)), "Retry-After-Ms": str(wait_ms)}
+    return ServerError(503, f"{reason}; try again", headers=headers)
+
+
+def engine_failed() -> ServerError:
+    """For those who come later, to whom another server may be of use."""
+    return unavailable(FAILED)
+
+
+def engine_failed_running() -> ServerError:
+    """For those who ran: one of them may have done it, and would do it again."""
+    return ServerError(500, FAILED, headers={"x-should-retry": "false"})
+
+
 def bug() -> ServerError:
     """The answer to an exception that nobody expected; a retry would raise it again."""
     headers = {"x-should-retry": "false"}
     return ServerError(500, "internal error; see the server's log", headers=headers)
+
+
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    400: {"description": "The request is refused; `param` names the field."},
+    401: {"description": "No accepted key."},
+    404: {"description": "No such path or model."},
+    405: {"description": "Not with this method."},
+    413: {"description": "The body is too long."},
+    500: {"description": "A bug, or the engine failed while it ran the request."},
+    503: {"description": "Starting, full or shutting down; see Retry-After."},
+    504: {"description": "Not done within the server's time limit."},
+}
+"""What any route may answer beside its own, for the schema."""
 
 
 def install(app: FastAPI) -> None:
@@ -66,14 +103,7 @@ async def _on_request_error(_: Request, error: Exception) -> JSONResponse:
 
 async def _on_validation_error(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    if first["type"] == "json_invalid":
-        param, reason = None, f"{first['msg']} at character {first['loc'][-1]}"
-    elif first["type"] in ("missing", "model_attributes_type") and first["loc"] == ("body",):
-        param, reason = None, "a JSON object with Content-Type: application/json is needed"
-    else:
-        param = ".".join(str(part) for part in first["loc"] if part != "body") or None
-        reason = first["msg"]
+    param, reason = validation_reason(error.errors()[0])
     message = f"{param or 'body'}: {reason}"
     return JSONResponse(error_body(message, "invalid_request_error", param), 400)
 
