@@ -31,7 +31,7 @@ from batch_codec import BatchError
 from batch_journal import Journal, check_options, options_hash
 from batch_lines import Source
 from batch_report import Reporter, program
-from batch_run import Backend, Batch, Stop, resume, summarise
+from batch_run import Backend, Batch, Stop, summarise
 from minidsv import __version__
 from minidsv.cli import engine_options, limit_threads, run_app
 from minidsv.engine_config import EngineConfig, model_path
@@ -68,24 +68,34 @@ def batch_generate(
 ) -> None:
     start = time.monotonic()
     asked = {"concurrency": concurrency, "retries": retries, "timeout": timeout}
-    server = {name: value for name, value in asked.items() if value is not None}
+    server: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     _check_options(engine, base_url, server, served_model_name)
     errors = _errors_path(source, output, errors, summary)
+    if summary is not None:
+        _touch(summary)
     lines = Source(source)
-    results, failures = (Journal(path, sync_lines, sync_seconds) for path in (output, errors))
     stop = Stop()
-    with stop.listening():
+    with (
+        Journal(output, sync_lines, sync_seconds) as results,
+        Journal(errors, sync_lines, sync_seconds) as failures,
+        stop.listening(),
+    ):
         if base_url is not None:
-            backend, options, at_once = _http(
-                engine, server | {"base_url": base_url, "api_key": api_key}
-            )
+            server |= {"base_url": base_url, "api_key": api_key}
+            backend, options, at_once = _http(engine, server)
         else:
             backend, options, at_once = _local(engine, served_model_name)
         if results.durable:
             check_options(output, options, fresh=not results.size)
         window, in_order = window or WINDOW * at_once, order == "input"
         batch = Batch(lines, backend, results, failures, window, engine["seed"], in_order)
-        _run(batch, Reporter(lines.size, quiet), stop)
+        try:
+            with Reporter(lines.size, quiet) as reporter:
+                batch.run(reporter, stop)
+        except KeyboardInterrupt:  # asked twice
+            pass
+        finally:
+            backend.close()
     figures = summarise(batch.tally, backend.figures(), start) | program()
     figures |= {"config_hash": options_hash(options), "interrupted": stop.asked}
     text = json.dumps(figures)
@@ -93,21 +103,6 @@ def batch_generate(
         summary.write_text(text + "\n")
     print(text, file=sys.stderr)
     raise typer.Exit(INTERRUPTED if stop.asked else int(batch.tally.failed > 0))
-
-
-def _run(batch: Batch, reporter: Reporter, stop: Stop) -> None:
-    """Resume, run, and leave the files whole, however it ends."""
-    try:
-        with reporter:
-            resume(batch.output, batch.ids)
-            batch.errors.clear()
-            batch.run(reporter, stop)
-    except KeyboardInterrupt:  # asked twice
-        pass
-    finally:
-        batch.backend.close()
-        batch.output.close()
-        batch.errors.close()
 
 
 def _check_options(
@@ -139,9 +134,17 @@ def _errors_path(source: str, output: str, errors: str | None, summary: Path | N
     return errors
 
 
+def _touch(summary: Path) -> None:
+    """Find out before the work whether the summary can be written."""
+    try:
+        summary.touch()
+    except OSError as error:
+        raise BatchError(f"--summary: {summary}: {error.strerror}") from None
+
+
 def _local(engine: dict[str, Any], name: str | None) -> tuple[Backend, dict[str, Any], int]:
     """An engine, what results depend on, and how many requests run at once."""
-    from batch_local import LocalBackend
+    from batch_local import LocalBackend, fingerprint
     from minidsv import LLM
 
     llm = LLM(**engine)
@@ -149,9 +152,10 @@ def _local(engine: dict[str, Any], name: str | None) -> tuple[Backend, dict[str,
     limit_threads(llm.engine)
     config = llm.engine.config
     folder = model_path(config).resolve()
-    options = {k: v for k, v in asdict(config).items() if k not in SCHEDULING}
     name = name or folder.name
-    options |= {"model": str(folder), "served_model_name": name, "version": __version__}
+    options = {k: v for k, v in asdict(config).items() if k not in ("model", *SCHEDULING)}
+    options |= {"model_files": fingerprint(folder), "served_model_name": name}
+    options["version"] = __version__
     return LocalBackend(llm, name), options, config.max_num_seqs
 
 

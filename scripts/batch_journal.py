@@ -9,7 +9,7 @@ import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from batch_codec import BatchError, DamagedError, Decoder, Splitter, codec_of
 
@@ -53,8 +53,8 @@ class Journal:
         except BlockingIOError:
             raise BatchError(f"{self._path}: another process is writing to it") from None
 
-    def recover(self) -> Iterator[dict[str, Any]]:
-        """The records of every whole line or block; then what is behind the last is cut off.
+    def recover(self) -> Iterator[tuple[str, str]]:
+        """custom_id and id of every whole line or block; what is behind the last is then cut off.
 
         Raises BatchError where something else is broken than the end.
         """
@@ -71,16 +71,16 @@ class Journal:
                     if whole:
                         good = decoder.offset - splitter.rest
                         for number, line in enumerate(lines, number + 1):  # noqa: B020
-                            yield self._record(line, number)
+                            yield self._ids(line, number)
                         lines.clear()
         except DamagedError as error:
             raise BatchError(f"{self._path}: {error}; choose another output") from None
         os.ftruncate(self._fd, good)
 
-    def _record(self, line: bytes | None, number: int) -> dict[str, Any]:
+    def _ids(self, line: bytes | None, number: int) -> tuple[str, str]:
         try:
             record = json.loads(line or b"")
-            return {"id": record["id"], "custom_id": record["custom_id"]}
+            return str(record["custom_id"]), str(record["id"])
         except (ValueError, KeyError, TypeError, RecursionError):
             raise BatchError(
                 f"{self._path}: line {number} is no result line; choose another output"
@@ -115,10 +115,16 @@ class Journal:
         if self.durable:
             os.fsync(self._fd)
 
-    def close(self) -> None:
-        self.sync()
-        if self._path != "-":
-            os.close(self._fd)
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Write what waits, and unlock."""
+        try:
+            self.sync()
+        finally:
+            if self._path != "-":
+                os.close(self._fd)
 
 
 class Ids:

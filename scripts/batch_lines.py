@@ -134,7 +134,9 @@ class Source:
         while not self._lines and not self._end:
             if not select.select([self._file], [], [], wait)[0]:
                 return None
-            self._push(self._file.read(self._read_bytes) or b"")
+            data = self._file.read(self._read_bytes)
+            if data is not None:  # it was not ready after all
+                self._push(data)
         if not self._lines:
             return None
         self.number += 1

@@ -1,8 +1,10 @@
 """Jobs answered by an engine in this process."""
 
+import hashlib
 import reprlib
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from batch_lines import COMPLETIONS, Answer, Failure, Job, LineError
@@ -11,6 +13,8 @@ from minidsv import LLM
 from minidsv.errors import RequestError
 from minidsv.request import Request
 from minidsv.server.completions import CompletionRequest, completion_body, make_requests
+
+TAIL_BYTES = 2**20
 
 
 @dataclass(eq=False)
@@ -126,6 +130,18 @@ class LocalBackend:
             self._engine.abort(request)
         self._of.clear()
         self._last.clear()
+
+
+def fingerprint(model: Path) -> str:
+    """16 hex digits of a model's files: names, sizes and the last MiB of each."""
+    files = sorted(model.glob("*.json")) + sorted(model.glob("*.safetensors"))
+    digest = hashlib.sha256()
+    for path in files if model.is_dir() else [model]:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            file.seek(max(0, size - TAIL_BYTES))
+            digest.update(f"{path.name} {size} ".encode() + file.read())
+    return digest.hexdigest()[:16]
 
 
 def _unknown_model(asked: str, served: str) -> LineError:

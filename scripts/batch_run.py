@@ -1,6 +1,7 @@
 """The loop: lines in, a window of them in flight, result lines out."""
 
 import os
+import reprlib
 import signal
 import time
 from collections import deque
@@ -86,7 +87,12 @@ class Batch:
     _running: int = 0  # jobs of the backend
 
     def run(self, reporter: Reporter, stop: Stop) -> None:
-        """Until the input has ended, or `stop` was asked and nothing is in flight."""
+        """Go on behind what `output` has, until the input has ended or `stop` was asked, and
+        nothing is in flight.
+        """
+        for custom_id, answered_as in self.output.recover():
+            self.ids.add_result(custom_id, answered_as)
+        self.errors.clear()
         while self._running or not (self.source.ended or stop.asked):
             while len(self._open) < self.window and not stop.asked:
                 if not self._take(0.0 if self._running else IDLE_SECONDS):
@@ -129,13 +135,14 @@ class Batch:
         result, owner = self.ids.claim(job.custom_id, job.line)
         if owner is not None:
             raise LineError(
-                "duplicate_custom_id", f"custom_id: {job.custom_id!r} is that of line {owner}"
+                "duplicate_custom_id",
+                f"custom_id: {reprlib.repr(job.custom_id)} is that of line {owner}",
             )
         if result not in (None, job.id):
             raise LineError(
                 "changed_line",
-                f"custom_id: {job.custom_id!r} has been answered with another url or body; give it "
-                "another custom_id, or choose another output",
+                f"custom_id: {reprlib.repr(job.custom_id)} has been answered with another body or "
+                "url; give it another custom_id, or choose another output",
             )
         return result is not None
 
@@ -157,14 +164,6 @@ class Batch:
         else:
             self.errors.write(dump(result.record()))
             self.tally.failed += 1
-
-
-def resume(output: Journal, ids: Ids) -> int:
-    """Take in what an earlier run has written; the number of its results."""
-    number = 0
-    for number, record in enumerate(output.recover(), 1):  # noqa: B007
-        ids.add_result(record["custom_id"], record["id"])
-    return number
 
 
 def summarise(tally: Tally, figures: dict[str, Any], start: float) -> dict[str, Any]:

@@ -83,17 +83,17 @@ def main() -> None:
         num_cpus=1,
         num_gpus=args.gpus,
     )
-    output, errors = (Journal(f"{args.output}{end}", 64, 1.0) for end in ("", ".errors.jsonl"))
-    counts = {output: 0, errors: 0}
-    for journal in counts:
-        journal.clear()
-    for row in answers.iter_rows():
-        journal = output if row["ok"] else errors
-        journal.write(row["record"].encode())
-        counts[journal] += 1
-    for journal in counts:
-        journal.close()
-    print(json.dumps({"ok": counts[output], "failed": counts[errors]}))
+    counts = {True: 0, False: 0}
+    paths = {True: args.output, False: f"{args.output}.errors.jsonl"}
+    with Journal(paths[True], 64, 1.0) as results, Journal(paths[False], 64, 1.0) as errors:
+        journals = {True: results, False: errors}
+        for journal in journals.values():
+            journal.clear()
+        for row in answers.iter_rows():
+            ok = bool(row["ok"])
+            journals[ok].write(row["record"].encode())
+            counts[ok] += 1
+    print(json.dumps({"ok": counts[True], "failed": counts[False]}))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from batch_codec import BatchError, codec_of
 from batch_journal import Ids, Journal, check_options
 from batch_lines import Answer, Failure, Job, LineError, Source
 from batch_report import Load, Reporter, Tally
-from batch_run import Batch, Stop, resume
+from batch_run import Batch, Stop
 
 SUFFIXES = ["", ".gz", ".zst"]
 OPTIONS = {"model": "m", "seed": 0}
@@ -74,17 +74,14 @@ def run(
     source: str | Path, output: str | Path, window: int = 4, in_order: bool = False, sync: int = 3
 ) -> tuple[Tally, Echo]:
     """One whole run with Echo; a small block size makes for many blocks."""
-    results, errors = (Journal(f"{output}{end}", sync, 9.0) for end in ("", ".errors"))
     echo = Echo()
-    try:
+    with (
+        Journal(str(output), sync, 9.0) as results,
+        Journal(f"{output}.errors", sync, 9.0) as errors,
+    ):
         check_options(str(output), OPTIONS, fresh=not results.size)
         batch = Batch(Source(str(source)), echo, results, errors, window, 0, in_order)
-        resume(results, batch.ids)
-        errors.clear()
         batch.run(Reporter(None, quiet=True), Stop())
-    finally:
-        results.close()
-        errors.close()
     return batch.tally, echo
 
 
@@ -242,10 +239,8 @@ def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:
     run(source, output)
     with pytest.raises(BatchError, match="model was 'm', is 'other'; seed was 0, is None"):
         check_options(str(output), {"model": "other"}, fresh=False)
-    journal = Journal(str(output), 1, 1)
-    with pytest.raises(BatchError, match="another process"):
+    with Journal(str(output), 1, 1), pytest.raises(BatchError, match="another process"):
         run(source, output)
-    journal.close()
     (tmp_path / "out.run.json").unlink()
     with pytest.raises(BatchError, match=r"no out\.run\.json"):
         run(source, output)

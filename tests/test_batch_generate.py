@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from batch_local import LocalBackend
 from batch_report import Histogram, Load, Reporter, Tally
 from minidsv import LLM, SamplingParams
 from minidsv.cli import run_app
+from minidsv.engine_config import bundled_model
 from stub_server import Fault, completion, stub_server
 
 SCRIPT = Path(batch_generate.__file__)
@@ -68,14 +70,14 @@ def questions(count: int, **fields: Any) -> list[dict[str, Any]]:
 def test_engine_answers(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Equal to `LLM`; no window, order or resume changes a text, sampled or not."""
     lines: list[Any] = questions(10)
-    lines.append({"prompt": [[0, 5, 6], [0, 7]], "logprobs": 1, "max_tokens": 3})
+    lines.append({"prompt": [[0, 5, 6], [0, 7]], "n": 2, "logprobs": 1, "max_tokens": 3})
     source = write_lines(tmp_path / "in", lines)
     summary = run(capfd, "--input", source, "--output", tmp_path / "a")
     got = texts(tmp_path / "a")
     params = SamplingParams(max_tokens=12, ignore_eos=True)
     greedy = LLM().generate([lines[i]["prompt"] for i in range(0, 10, 2)], params)
     assert [got[f"line-{i}"] for i in range(1, 11, 2)] == [[o.outputs[0].text] for o in greedy]
-    assert len(got["line-11"]) == 2
+    assert len(got["line-11"]) == 4
     options = ["--window", 1, "--order", "input", "--max-num-seqs", 2]
     run(capfd, "--input", source, "--output", tmp_path / "b", *options)
     assert texts(tmp_path / "b") == got
@@ -84,7 +86,7 @@ def test_engine_answers(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> No
     again = run(capfd, "--input", source, "--output", tmp_path / "b", "--num-pages", 64)
     assert texts(tmp_path / "b") == got
     assert again["ok"] + again["skipped"] == 11
-    assert summary["generated_tokens"] == 10 * 12 + 2 * 3
+    assert summary["generated_tokens"] == 10 * 12 + 4 * 3
     records = decoded(tmp_path / "a")
     usage = [r["response"]["body"]["usage"] for r in records]
     assert summary["prompt_tokens"] == sum(u["prompt_tokens"] for u in usage)
@@ -105,8 +107,21 @@ def test_peaks_and_preemptions(tmp_path: Path, capfd: pytest.CaptureFixture[str]
     assert texts(tmp_path / "a") == texts(tmp_path / "b")
 
 
+def test_other_options_are_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """So is another model, wherever it lies; what only schedules may change."""
+    model = shutil.copytree(bundled_model(), tmp_path / "tiny")
+    files = ["--input", write_lines(tmp_path / "in", questions(1)), "--output", tmp_path / "out"]
+    run(capfd, *files)
+    assert run(capfd, *files, "--model", model, "--max-num-seqs", 3)["skipped"] == 1
+    assert "seed was 0, is 1" in run(capfd, *files, "--seed", 1, code=2)["error"]
+    weights = bytearray((model / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (model / "model.safetensors").write_bytes(weights)
+    assert "model_files" in run(capfd, *files, "--model", model, code=2)["error"]
+
+
 REFUSED = [
-    pytest.param({"n": 3}, "n", 400, id="unsupported"),
+    pytest.param({"suffix": "x"}, "suffix", 400, id="unsupported"),
     pytest.param({"max_tokens": "many"}, "max_tokens", 400, id="type"),
     pytest.param({"max_tokens": 10**6}, "max_tokens", 400, id="too-much"),
     pytest.param({"prompt": [0, 10**7]}, "prompt", 400, id="token-id"),
@@ -141,6 +156,7 @@ USAGE = [
     pytest.param(["--input", "nowhere"], "nowhere", id="input"),
     pytest.param(["--output", "-"], "--errors", id="errors-needed"),
     pytest.param(["--errors", "in"], "different", id="same-file"),
+    pytest.param(["--summary", "no/such"], "no/such", id="summary"),
     pytest.param(["--dtype", "int3"], "int3", id="engine-option"),
     pytest.param(["--order", "random"], "random", id="order"),
     pytest.param(["--window", "0"], "--window", id="window"),
@@ -179,7 +195,7 @@ def test_killed_again_and_again(tmp_path: Path) -> None:
         process = start(*options)
         while process.poll() is None and (not output.exists() or output.stat().st_size <= before):
             time.sleep(0.01)
-        time.sleep(draw.uniform(0, 0.15))
+        time.sleep(draw.uniform(0, 0.05))
         process.kill()
         _, err = process.communicate()
         kills += process.returncode == -signal.SIGKILL
