@@ -37,7 +37,7 @@ from minidsv.cli import engine_options, limit_threads, run_app
 from minidsv.engine_config import EngineConfig, model_path
 
 SCHEDULING = ("max_num_seqs", "max_num_batched_tokens", "num_pages")  # change no result
-WINDOW = 4  # lines read ahead, times what runs at once
+WINDOW = 2  # lines in flight, times what runs at once: as much again waits
 INTERRUPTED = 130
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -55,7 +55,7 @@ def batch_generate(
     order: Annotated[
         Literal["completion", "input"], typer.Option(help="of the lines that this run writes")
     ] = "completion",
-    window: Annotated[int | None, typer.Option(min=1, help="lines read ahead")] = None,
+    window: Annotated[int | None, typer.Option(min=1, help="lines in flight; 2x what runs")] = None,
     sync_lines: Annotated[int, typer.Option(min=1, help="fsync every so many lines")] = 64,
     sync_seconds: Annotated[float, typer.Option(min=0, help="or so many seconds")] = 1.0,
     quiet: Annotated[bool, typer.Option("--quiet", help="show no progress")] = False,

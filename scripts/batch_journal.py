@@ -128,7 +128,9 @@ class Journal:
 
 
 class Ids:
-    """The custom_ids of a run, in a temporary SQLite file: a few MB of memory for any number."""
+    """The custom_ids of a run, in a temporary SQLite file: 2 MB of memory for any number, on the
+    disk 26 bytes a line, 71 if an earlier run has answered it (with ids of 14 characters).
+    """
 
     def __init__(self) -> None:
         self._db = sqlite3.connect("", isolation_level=None)

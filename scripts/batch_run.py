@@ -133,17 +133,12 @@ class Batch:
     def _is_done(self, job: Job) -> bool:
         """Whether an earlier run has answered it; raises LineError if its id is taken."""
         result, owner = self.ids.claim(job.custom_id, job.line)
+        name = f"custom_id: {reprlib.repr(job.custom_id)}"
         if owner is not None:
-            raise LineError(
-                "duplicate_custom_id",
-                f"custom_id: {reprlib.repr(job.custom_id)} is that of line {owner}",
-            )
+            raise LineError("duplicate_custom_id", f"{name} is that of line {owner}")
         if result not in (None, job.id):
-            raise LineError(
-                "changed_line",
-                f"custom_id: {reprlib.repr(job.custom_id)} has been answered with another body or "
-                "url; give it another custom_id, or choose another output",
-            )
+            reason = "has been answered with another body or url; give it another custom_id"
+            raise LineError("changed_line", f"{name} {reason}, or choose another output")
         return result is not None
 
     def _record(self, result: Answer | Failure) -> None:
