@@ -33,10 +33,16 @@ class Tokenizer:
         self.backend = hf.backend_tokenizer
         self.backend.no_truncation()
         self.backend.no_padding()
+        self.apply_chat_template = hf.apply_chat_template
+        template = hf.chat_template  # one, or several by name
+        self.chat_template: str | None = (
+            template.get("default") if isinstance(template, dict) else template
+        )
         self.size = 1 + max(self.backend.get_vocab(with_added_tokens=True).values())  # with gaps
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`, with the special tokens that the tokenizer adds (BOS)."""
+        """Token ids of `text`, with the special tokens that the tokenizer adds (BOS). Special
+        tokens that the text spells out are read as such either way."""
         try:
             return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
         except (TypeError, UnicodeEncodeError):
@@ -50,6 +56,10 @@ class Tokenizer:
     def token_text(self, token_id: int) -> str:
         """One token on its own, special tokens shown."""
         return self.decode([token_id], skip_special_tokens=False)
+
+    def token_id(self, token: str) -> int | None:
+        """The id of one token by its spelling."""
+        return self.backend.token_to_id(token)
 
     def stream(self, prompt_token_ids: list[int]) -> "DetokenizerStream":
         return DetokenizerStream(self, prompt_token_ids)
