@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -186,13 +187,15 @@ def best(scores: list[Score]) -> int:
     return max(range(4), key=lambda i: scores[i][0])
 
 
-def test_schemathesis() -> None:
+def test_schemathesis(tmp_path: Path) -> None:
     """Every route and the codes it documents; short contexts, since fuzzing likes long answers."""
     checks = "not_a_server_error,status_code_conformance"
     with serving(load_format="auto", max_model_len=8) as short:
         command = [sys.executable, "-m", "schemathesis.cli", "run", "--seed=1", "--workers=1"]
         command += [f"{short.client.base_url}/openapi.json", f"--checks={checks}"]
         command += ["--phases=coverage,fuzzing", "--max-examples=10", "--request-timeout=20"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
+        done = subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True, timeout=180, check=False
+        )
         assert done.returncode == 0, done.stdout[-5000:]
         wait_until(lambda: short.idle)
