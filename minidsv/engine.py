@@ -42,6 +42,8 @@ class EngineStats:
     prefill_tokens: int  # computed in prefill chunks, a preempted request's again
     decode_tokens: int  # computed one a request and step
     preemptions: int
+    prefix_cache_queries: int  # tokens of the requests that looked for a cached prefix
+    prefix_cache_hits: int  # those that they found
 
 
 class Engine:
@@ -59,7 +61,7 @@ class Engine:
             _load(self.config, self.model_config),
             self.eos_token_ids,
         )
-        self.block_manager = BlockManager(self.runner.num_pages)
+        self.block_manager = BlockManager(self.runner.num_pages, self.config.enable_prefix_caching)
         self.scheduler = Scheduler(
             self.block_manager, self.config.max_num_seqs, self.config.max_num_batched_tokens
         )
@@ -83,10 +85,11 @@ class Engine:
         params: SamplingParams,
         prompt: str | None = None,
         request_id: str | None = None,
+        cache_salt: str | None = None,
     ) -> list[Request]:
         """Check a prompt and make its `params.n` requests; raises RequestError, with the numbers,
         if they can never run."""
-        return self.intake.requests(token_ids, params, prompt, request_id)
+        return self.intake.requests(token_ids, params, prompt, request_id, cache_salt)
 
     def make_request(
         self,
@@ -94,11 +97,12 @@ class Engine:
         params: SamplingParams,
         prompt: str | None = None,
         request_id: str | None = None,
+        cache_salt: str | None = None,
     ) -> Request:
         """`make_requests` for a single output."""
         if params.n != 1:
             raise RequestError("n", f"{params.n} outputs are not one request")
-        return self.make_requests(token_ids, params, prompt, request_id)[0]
+        return self.make_requests(token_ids, params, prompt, request_id, cache_salt)[0]
 
     def add(self, request: Request) -> None:
         """Queue a request made by `make_requests`."""
@@ -161,6 +165,8 @@ class Engine:
             prefill_tokens=self._prefill_tokens,
             decode_tokens=self._decode_tokens,
             preemptions=self.scheduler.num_preemptions,
+            prefix_cache_queries=pages.prefix_queries,
+            prefix_cache_hits=pages.prefix_hits,
         )
 
     def _count(self, chunks: list[Chunk]) -> None:

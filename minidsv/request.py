@@ -176,10 +176,13 @@ class Request:
     max_tokens: int  # params.max_tokens, bounded by the context
     prompt: str | None = None
     index: int = 0  # which of the prompt's params.n outputs this is
+    cache_salt: str | None = None  # only requests of one salt share cached prefixes
     status: Status = Status.WAITING  # set by the scheduler, as the next three
     num_computed_tokens: int = 0  # tokens whose keys are in the cache
+    num_cached_tokens: int = 0  # those that were there when it first ran
     num_preemptions: int = 0
-    page_ids: list[int] = field(default_factory=list)  # set by the block manager
+    page_ids: list[int] = field(default_factory=list)  # set by the block manager, as the next
+    page_hashes: list[bytes] = field(default_factory=list)  # of the first full pages, as needed
     output_token_ids: list[int] = field(default_factory=list)  # set by the engine, as the rest
     text: str = ""
     logprobs: list[LogprobDict] = field(default_factory=list)
@@ -190,6 +193,12 @@ class Request:
     @property
     def num_tokens(self) -> int:
         return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Some prompt logprobs are asked for and not known yet: positions have to be computed."""
+        known = len(self.prompt_logprobs)
+        return self.params.prompt_logprobs is not None and known < len(self.prompt_token_ids)
 
     def token_ids(self, start: int, end: int) -> list[int]:
         """Tokens [start, end) of prompt + output."""

@@ -160,6 +160,10 @@ def test_prompt_forms(llm: LLM) -> None:
     assert (text.prompt, tokens.prompt) == ("hello", None)
     assert text.prompt_token_ids == tokens.prompt_token_ids == ids
     assert llm.generate([ids, [3]], params)[0].outputs == text.outputs
+    dictionaries = [{"prompt": "hello"}, {"prompt_token_ids": ids, "cache_salt": "mine"}]
+    for output, given in zip(llm.generate(dictionaries, params), ("hello", None), strict=True):
+        assert (output.prompt, output.outputs) == (given, text.outputs)
+    assert llm.generate(dictionaries[0], params)[0].outputs == text.outputs
     assert len(both[1].outputs[0].token_ids) == 2
     assert llm.generate([], params) == []
 
@@ -176,6 +180,11 @@ def test_prompt_forms(llm: LLM) -> None:
         (3, {}, ["prompts", "int"]),
         ([None], {}, ["prompts", "None"]),
         (["ok", "\ud800"], {}, ["prompt", "Unicode"]),
+        ({"prompt": [5]}, {}, ["prompts", "'prompt'", "prompt_token_ids"]),
+        ([{"prompt": "x", "prompt_token_ids": [5]}], {}, ["prompts", "'prompt'"]),
+        ({"cache_salt": "x"}, {}, ["prompts", "cache_salt"]),
+        ({"prompt": "x", "cache_salt": ""}, {}, ["cache_salt", "''"]),
+        ({"prompt_token_ids": [1280]}, {}, ["prompt", "1280"]),
         ([5] * 590, {}, ["max_tokens", "590", "16", "606", "600"]),
         ("x", {"max_tokens": 599}, ["max_tokens", "599", "600"]),
         ("x", {"logprobs": 5000}, ["logprobs", "5000", "1280"]),
@@ -404,7 +413,7 @@ def test_stats() -> None:
     assert (engine.stats().running, engine.stats().waiting) == (0, 2)
     engine.step()
     assert engine.stats().prefill_tokens == 64
-    assert engine.stats().kv_cache_usage == pytest.approx(0.25)
+    assert engine.stats().kv_cache_usage == pytest.approx(0.5)
     while engine.has_work:
         engine.step()
     stats = engine.stats()
