@@ -2,11 +2,12 @@
 
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from torch import Tensor
 
+from minidsv.chat import ChatTemplate
 from minidsv.engine import Engine, StepOutput
 from minidsv.engine_config import EngineConfig
 from minidsv.errors import ConfigError, RequestError
@@ -14,6 +15,7 @@ from minidsv.request import LogprobDict, Request, SamplingParams
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 Prompts = Prompt | Sequence[Prompt]
+Conversation = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,36 @@ class LLM:
                 engine.abort(request)
         return [RequestOutput.of(group) for group in groups]
 
+    def chat(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        on_output: Callable[[StepOutput], None] | None = None,
+        *,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """`generate` for one conversation or a list of them; see `ChatTemplate.render`.
+
+        The texts are whole: `split_reasoning` of `minidsv.chat_reasoning` parts off the reasoning.
+        """
+        template = ChatTemplate(self.engine.tokenizer, self.engine.model_config)
+        prompts = [
+            template.render(
+                conversation,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                template_kwargs=chat_template_kwargs,
+            )
+            for conversation in _conversations(messages)
+        ]
+        outputs = self.generate(
+            [prompt.token_ids for prompt in prompts], sampling_params, on_output
+        )
+        pairs = zip(outputs, prompts, strict=True)
+        return [replace(output, prompt=prompt.text) for output, prompt in pairs]
+
     def prompt_logits(self, token_ids: Sequence[int]) -> Tensor:
         """fp32 logits [len(token_ids), vocab] of one forward over the prompt."""
         if not isinstance(token_ids, Sequence) or isinstance(token_ids, str | bytes):
@@ -147,6 +179,11 @@ class LLM:
             ids = engine.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
             groups.append(engine.make_requests(ids, one, text, cache_salt=salt))
         return groups
+
+
+def _conversations(messages: Any) -> list[Any]:
+    many = isinstance(messages, list | tuple) and all(isinstance(m, list | tuple) for m in messages)
+    return list(messages) if many and messages else [messages]
 
 
 def _as_list(prompts: Prompts) -> list[Prompt]:
