@@ -1,5 +1,6 @@
 """Engine: requests in, tokens and text out, a step at a time. One thread owns it."""
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -128,8 +129,10 @@ class Engine:
             chunk.request.prompt_logprobs += [self._logprobs(row) for row in rows]
         scored = [chunk.request for chunk in chunks if chunk.scores]
         sampled = [chunk.request for chunk in chunks if chunk.samples]
+        now = time.monotonic()
         for request, token in zip(sampled, result.token_ids, strict=True):
             request.output_token_ids.append(token)
+            request.first_token_time = request.first_token_time or now
         return [self._scored(request) for request in scored] + [
             self._output(request, logprobs)
             for request, logprobs in zip(sampled, result.logprobs, strict=True)
@@ -200,7 +203,7 @@ class Engine:
 
     def _finish(self, request: Request, reason: str) -> None:
         request.text = self._texts.pop(request).finish()
-        request.finish_reason = reason
+        request.finish_reason, request.finished_time = reason, time.monotonic()
         self.scheduler.finish(request)
 
     def _logprobs(self, row: RowLogprobs) -> LogprobDict:

@@ -2,6 +2,7 @@
 
 import enum
 import reprlib
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -177,7 +178,9 @@ class Request:
     prompt: str | None = None
     index: int = 0  # which of the prompt's params.n outputs this is
     cache_salt: str | None = None  # only requests of one salt share cached prefixes
-    status: Status = Status.WAITING  # set by the scheduler, as the next three
+    arrival_time: float = field(default_factory=time.monotonic)  # seconds, as all times
+    status: Status = Status.WAITING  # set by the scheduler, as the next four
+    first_scheduled_time: float | None = None
     num_computed_tokens: int = 0  # tokens whose keys are in the cache
     num_cached_tokens: int = 0  # those that were there when it first ran
     num_preemptions: int = 0
@@ -189,6 +192,8 @@ class Request:
     prompt_logprobs: list[LogprobDict | None] = field(default_factory=lambda: [None])
     finish_reason: str | None = None  # "stop", "length" or "abort"
     stop_reason: str | int | None = None  # the stop string or stop token that matched
+    first_token_time: float | None = None
+    finished_time: float | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -8,6 +8,7 @@ those that a cached prefix saves it. When pages run out the newest running reque
 loses its pages and is computed again later, but for what is still cached by then.
 """
 
+import time
 from collections import deque
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from minidsv.block_manager import BlockManager
 from minidsv.kernels.constants import PAGE_SIZE
 from minidsv.request import Request, Status
 
+WATERMARK = 0.01  # share of the pages that stays free when a request starts beside others
 MAX_LOGIT_ROWS = 1024  # prompt positions whose logits one step may compute for prompt_logprobs
 
 
@@ -47,6 +49,7 @@ class Scheduler:
     def __init__(self, block_manager: BlockManager, max_num_seqs: int, max_num_batched_tokens: int):
         self.block_manager = block_manager
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
+        self.spare_pages = int(WATERMARK * block_manager.num_pages)
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # oldest first
         self.num_preemptions = 0
@@ -102,13 +105,17 @@ class Scheduler:
             self.block_manager.cache(chunk.request, chunk.start, chunk.end)
 
     def _admit(self, request: Request) -> bool:
-        """Run the first waiting request, if there are pages for all its tokens."""
-        cached = self.block_manager.admit(request)
+        """Run the first waiting request, if there are pages for all its tokens and some to spare.
+
+        The spare ones are for the running requests' next tokens; alone, a request needs none.
+        """
+        cached = self.block_manager.admit(request, self.spare_pages if self.running else 0)
         if cached is None:
             return False
         self.running.append(self.waiting.popleft())
         request.status, request.num_computed_tokens = Status.RUNNING, cached
-        if not request.num_preemptions:
+        if request.first_scheduled_time is None:
+            request.first_scheduled_time = time.monotonic()
             request.num_cached_tokens = cached
         return True
 

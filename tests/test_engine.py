@@ -1,6 +1,7 @@
 """What ends a request: scripted tokens through the real scheduler and detokeniser."""
 
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from minidsv.engine import StepOutput
 from minidsv.engine_config import bundled_model
 from minidsv.errors import ConfigError, RequestError
 from minidsv.llm import CompletionOutput
+from minidsv.request import Request
 from minidsv.runner import StepResult
 
 PAGES = 12
@@ -120,6 +122,35 @@ def test_a_half_character_at_the_end(llm: LLM, monkeypatch: pytest.MonkeyPatch) 
     output, text = scripted(llm, monkeypatch, ids)
     assert output.text == text == llm.engine.tokenizer.decode(ids)
     assert output.text.endswith("\ufffd")
+
+
+def test_times(llm: LLM) -> None:
+    """Arrival, first scheduled, first token, finished; a preemption changes none of them."""
+    engine = LLM(load_format="random", num_pages=3, max_num_batched_tokens=64).engine
+    params = [SamplingParams(max_tokens=m, ignore_eos=True) for m in (70, 60, 0)]
+    requests = [engine.make_request([5 + m] * 60, p) for m, p in enumerate(params)]
+    queued = engine.make_request([5], params[0])
+    for request in (*requests, queued):
+        engine.add(request)
+    engine.abort(queued)
+    first_times: dict[Request, float | None] = {}
+    while engine.has_work:
+        before = time.monotonic()
+        for output in engine.step():
+            if output.token_ids and output.request not in first_times:
+                first_times[output.request] = output.request.first_token_time
+                assert before <= (output.request.first_token_time or 0) <= time.monotonic()
+    assert requests[1].num_preemptions > 0
+    for request in requests[:2]:
+        assert request.first_scheduled_time is not None
+        assert request.finished_time is not None
+        assert request.arrival_time < request.first_scheduled_time
+        assert request.first_scheduled_time < (request.first_token_time or 0)
+        assert request.first_token_time == first_times[request] < request.finished_time
+    assert requests[2].first_token_time is None
+    assert (requests[2].finished_time or 0) > (requests[2].first_scheduled_time or 1e99)
+    assert (queued.first_scheduled_time, queued.first_token_time) == (None, None)
+    assert (queued.finished_time or 0) > queued.arrival_time
 
 
 @pytest.mark.parametrize("when", [0, 1, 3])

@@ -84,6 +84,7 @@ class Traffic:
     max_num_seqs: int
     budget: int
     prefix_caching: bool
+    spare_pages: int
     arrivals: list[list[Request]] = field(default_factory=list)
     aborts: list[int | None] = field(default_factory=list)
 
@@ -110,6 +111,7 @@ def traffic(draw: st.DrawFn) -> Traffic:
         draw(st.integers(1, 6)),
         draw(st.sampled_from([1, 3, 17, 64, 300, 8192])),
         draw(st.integers(0, 3)) > 0,
+        draw(st.integers(0, 3)),
         [draw(st.lists(request(), max_size=3)) for _ in range(steps)],
         [draw(st.none() | st.integers(0, 20)) for _ in range(steps)],
     )
@@ -121,6 +123,7 @@ def test_every_request_ends(case: Traffic) -> None:
     """On keys that are its own, whatever was cached, shared, preempted or aborted on the way."""
     manager = BlockManager(case.num_pages, case.prefix_caching)
     scheduler = Scheduler(manager, case.max_num_seqs, case.budget)
+    scheduler.spare_pages = case.spare_pages
     memory, requests = Memory(), list[Request]()
     step, idle = 0, 0
     while step < len(case.arrivals) or scheduler.has_work:
@@ -184,6 +187,26 @@ def test_first_come_first_served_and_newest_preempted() -> None:
     assert new.num_computed_tokens == 0
     scheduler.finish(old)
     assert [(c.start, c.num_tokens) for c in scheduler.schedule()] == [(0, new.num_tokens)]
+
+
+def test_a_start_leaves_pages_for_the_running() -> None:
+    """1 % of the pages; the next in line waits, later ones behind it, and alone it gets all."""
+    manager = BlockManager(200)
+    scheduler = Scheduler(manager, 8, 200 * PAGE_SIZE)
+    alone, big, small = make(200 * PAGE_SIZE - 2, 2), make(200, 1), make(1, 1)
+    run_to_end(scheduler, alone)
+    old = make(195 * PAGE_SIZE, 500)
+    old.prompt_token_ids = [-t for t in old.prompt_token_ids]
+    for request in (old, big, small):
+        scheduler.add(request)
+    chunks = scheduler.schedule()
+    assert [c.request for c in chunks] == [old]
+    assert manager.num_free == 5  # big's 4 pages would leave one, small's would leave 4
+    scheduler.advance(chunks)
+    scheduler.finish(big)
+    old.output_token_ids.append(7)
+    assert [c.request for c in scheduler.schedule()] == [old, small]
+    assert (manager.num_free, scheduler.num_preemptions) == (3, 0)
 
 
 def test_prompt_logprobs_are_rationed() -> None:
