@@ -13,6 +13,7 @@ import pytest
 from minidsv import LLM, SamplingParams, __version__
 from minidsv.cli import main
 from minidsv.engine_config import bundled_model
+from minidsv.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
 TINY = ["--load-format", "random", "--device", "cpu", "--num-pages", "16"]
@@ -139,6 +140,22 @@ def test_inspect(
     assert ("tensors are there" in out) == (what == "folder")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "enabled"),
+    [([], True), (["--no-enable-prefix-caching"], False), (["--enable-prefix-caching"], True)],
+)
+def test_a_switch(arguments: list[str], enabled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, object]] = []
+
+    def llm(**options: object) -> None:
+        seen.append(options)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr("minidsv.llm.LLM", llm)
+    assert run_main(monkeypatch, "generate", "a", *arguments) == 2
+    assert seen[0]["enable_prefix_caching"] is enabled
+
+
 # arguments, and what the line must name
 BAD = [
     pytest.param(["generate", "a", "--model", "/nowhere"], "/nowhere", id="model"),
@@ -147,7 +164,7 @@ BAD = [
     pytest.param(["generate"], "prompt", id="no-prompt"),
     pytest.param(["generate", "a", "--dtype", "int3"], "int3", id="choice"),
     pytest.param(["generate", "a", "--max-tokens", "many"], "--max-tokens", id="not-a-number"),
-    pytest.param(["generate", "a", "--max-tokens", "0"], "max_tokens", id="out-of-range"),
+    pytest.param(["generate", "a", "--max-tokens", "0"], "--max-tokens", id="out-of-range"),
     pytest.param(["generate", "a", "--temperature", "nan"], "temperature", id="nan"),
     pytest.param(["generate", "a", "--num-pages", "0"], "num_pages", id="no-pages"),
     pytest.param(["generate", "a", "--device", "abacus"], "abacus", id="device"),

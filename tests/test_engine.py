@@ -1,7 +1,9 @@
 """What ends a request: scripted tokens through the real scheduler and detokeniser."""
 
 import math
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from minidsv.engine import StepOutput
 from minidsv.engine_config import bundled_model
 from minidsv.errors import ConfigError, RequestError
 from minidsv.llm import CompletionOutput
+from minidsv.request import Request
 from minidsv.runner import StepResult
 
 PAGES = 12
@@ -121,6 +124,35 @@ def test_a_half_character_at_the_end(llm: LLM, monkeypatch: pytest.MonkeyPatch) 
     assert output.text.endswith("\ufffd")
 
 
+def test_times(llm: LLM) -> None:
+    """Arrival, first scheduled, first token, finished; a preemption changes none of them."""
+    engine = LLM(load_format="random", num_pages=3, max_num_batched_tokens=64).engine
+    params = [SamplingParams(max_tokens=m, ignore_eos=True) for m in (70, 60, 0)]
+    requests = [engine.make_request([5 + m] * 60, p) for m, p in enumerate(params)]
+    queued = engine.make_request([5], params[0])
+    for request in (*requests, queued):
+        engine.add(request)
+    engine.abort(queued)
+    first_times: dict[Request, float | None] = {}
+    while engine.has_work:
+        before = time.monotonic()
+        for output in engine.step():
+            if output.token_ids and output.request not in first_times:
+                first_times[output.request] = output.request.first_token_time
+                assert before <= (output.request.first_token_time or 0) <= time.monotonic()
+    assert requests[1].num_preemptions > 0
+    for request in requests[:2]:
+        assert request.first_scheduled_time is not None
+        assert request.finished_time is not None
+        assert request.arrival_time < request.first_scheduled_time
+        assert request.first_scheduled_time < (request.first_token_time or 0)
+        assert request.first_token_time == first_times[request] < request.finished_time
+    assert requests[2].first_token_time is None
+    assert (requests[2].finished_time or 0) > (requests[2].first_scheduled_time or 1e99)
+    assert (queued.first_scheduled_time, queued.first_token_time) == (None, None)
+    assert (queued.finished_time or 0) > queued.arrival_time
+
+
 @pytest.mark.parametrize("when", [0, 1, 3])
 def test_abort(when: int, llm: LLM) -> None:
     """Aborted while queued, in prefill, in decode; also as the last one running."""
@@ -159,6 +191,10 @@ def test_prompt_forms(llm: LLM) -> None:
     assert (text.prompt, tokens.prompt) == ("hello", None)
     assert text.prompt_token_ids == tokens.prompt_token_ids == ids
     assert llm.generate([ids, [3]], params)[0].outputs == text.outputs
+    dictionaries = [{"prompt": "hello"}, {"prompt_token_ids": ids, "cache_salt": "mine"}]
+    for output, given in zip(llm.generate(dictionaries, params), ("hello", None), strict=True):
+        assert (output.prompt, output.outputs) == (given, text.outputs)
+    assert llm.generate(dictionaries[0], params)[0].outputs == text.outputs
     assert len(both[1].outputs[0].token_ids) == 2
     assert llm.generate([], params) == []
 
@@ -175,6 +211,11 @@ def test_prompt_forms(llm: LLM) -> None:
         (3, {}, ["prompts", "int"]),
         ([None], {}, ["prompts", "None"]),
         (["ok", "\ud800"], {}, ["prompt", "Unicode"]),
+        ({"prompt": [5]}, {}, ["prompts", "'prompt'", "prompt_token_ids"]),
+        ([{"prompt": "x", "prompt_token_ids": [5]}], {}, ["prompts", "'prompt'"]),
+        ({"cache_salt": "x"}, {}, ["prompts", "cache_salt"]),
+        ({"prompt": "x", "cache_salt": ""}, {}, ["cache_salt", "''"]),
+        ({"prompt_token_ids": [1280]}, {}, ["prompt", "1280"]),
         ([5] * 590, {}, ["max_tokens", "590", "16", "606", "600"]),
         ("x", {"max_tokens": 599}, ["max_tokens", "599", "600"]),
         ("x", {"logprobs": 5000}, ["logprobs", "5000", "1280"]),
@@ -191,7 +232,23 @@ def test_prompt_forms(llm: LLM) -> None:
         ("x", {"seed": 2**63}, ["seed"]),
         ("x", {"stop": ""}, ["stop", "''"]),
         ("x", {"stop": ["a"] * 17}, ["stop", "17", "16"]),
-        ("x", {"max_tokens": 0}, ["max_tokens", "0"]),
+        ("x", {"max_tokens": -1}, ["max_tokens", "-1"]),
+        ("x", {"max_tokens": 0, "min_tokens": 1}, ["min_tokens", "1", "0"]),
+        ([5] * 601, {"max_tokens": 0}, ["prompt", "601", "600"]),
+        ("x", {"n": 0}, ["n", "0", "128"]),
+        ("x", {"n": 129}, ["n", "129", "128"]),
+        ("x", {"n": True}, ["n", "True"]),
+        ("x", {"min_p": 1.1}, ["min_p", "1.1"]),
+        ("x", {"presence_penalty": 2.1}, ["presence_penalty", "2.1", "-2"]),
+        ("x", {"frequency_penalty": -2.1}, ["frequency_penalty", "-2.1", "-2"]),
+        ("x", {"repetition_penalty": 0}, ["repetition_penalty", "0", "1e-06"]),
+        ("x", {"repetition_penalty": math.nan}, ["repetition_penalty", "nan"]),
+        ("x", {"logit_bias": [5]}, ["logit_bias", "[5]"]),
+        ("x", {"logit_bias": {"5": 1}}, ["logit_bias", "'5'"]),
+        ("x", {"logit_bias": {5: 101}}, ["logit_bias", "101", "100"]),
+        ("x", {"logit_bias": {5: math.inf}}, ["logit_bias", "inf"]),
+        ("x", {"logit_bias": {1280: 1}}, ["logit_bias", "1280", "1279"]),
+        ("x", {"logprobs": -2}, ["logprobs", "-2", "-1"]),
         ("x", {"max_tokens": 3, "min_tokens": 4}, ["min_tokens", "4", "3"]),
         ("x", {"ignore_eos": 1}, ["ignore_eos", "1"]),
         ("x", {"stop_token_ids": [-2]}, ["stop_token_ids", "-2"]),
@@ -316,6 +373,57 @@ def test_seeds(llm: LLM) -> None:
     assert twins[0][0].outputs[0].token_ids != twins[0][1].outputs[0].token_ids
 
 
+def test_n(llm: LLM) -> None:
+    """n outputs: the first is that of the seed itself, the others draw with seeds of their own."""
+    params = SamplingParams(n=4, temperature=1.0, max_tokens=12, seed=7, prompt_logprobs=0)
+    (result,) = llm.generate("hello", params)
+    alone = replace(params, n=1)
+    assert [o.index for o in result.outputs] == [0, 1, 2, 3]
+    assert len({tuple(o.token_ids) for o in result.outputs}) == 4
+    assert llm.generate("hello", alone)[0].outputs == result.outputs[:1]
+    requests = llm.engine.make_requests([5], params)
+    for request, output in zip(requests, result.outputs, strict=True):
+        again = llm.generate("hello", replace(alone, seed=request.seed))[0]
+        assert again.outputs[0].token_ids == output.token_ids
+    assert result.prompt_logprobs is not None
+    assert len(result.prompt_logprobs) == len(result.prompt_token_ids)
+    assert len({(r.request_id, tuple(r.prompt_token_ids)) for r in requests}) == 1
+    with pytest.raises(RequestError, match=r"n: 4 outputs"):
+        llm.engine.make_request([5], params)
+
+
+def test_scoring_only(llm: LLM) -> None:
+    """max_tokens=0 computes the prompt, over the whole context if need be, and samples nothing."""
+    for length in (1, 63, 64, 65, 600):
+        pieces: list[StepOutput] = []
+        params = SamplingParams(max_tokens=0, prompt_logprobs=1)
+        (result,) = llm.generate([[5] * length], params, pieces.append)
+        (output,) = result.outputs
+        assert (output.text, output.token_ids, output.finish_reason) == ("", [], "length")
+        assert [(p.text, p.token_ids, p.finished) for p in pieces] == [("", [], True)]
+        assert result.prompt_logprobs is not None
+        assert len(result.prompt_logprobs) == length
+    with_output = llm.generate([[5] * 65], replace(params, max_tokens=3))[0]
+    assert llm.generate([[5] * 65], params)[0].prompt_logprobs == with_output.prompt_logprobs
+
+
+def test_logprobs_of_the_whole_vocabulary(llm: LLM) -> None:
+    """-1 reports every token; they sum to one, and edits of the logits do not change them."""
+    bias = {9: 100.0}
+    params = SamplingParams(max_tokens=2, logprobs=-1, prompt_logprobs=-1, logit_bias=bias)
+    (result,) = llm.generate([[5, 6, 7]], params)
+    assert result.outputs[0].token_ids == [9, 9]
+    assert result.prompt_logprobs is not None
+    assert result.outputs[0].logprobs is not None
+    for entries in [*result.prompt_logprobs[1:], *result.outputs[0].logprobs]:
+        assert entries is not None
+        assert sorted(entries) == list(range(1280))
+        assert sum(math.exp(e.logprob) for e in entries.values()) == pytest.approx(1, abs=1e-4)
+        assert [e.rank for e in entries.values()] == list(range(1, 1281))
+    raw = llm.prompt_logits([5, 6, 7])[-1].log_softmax(-1)
+    assert result.outputs[0].logprobs[0][9].logprob == pytest.approx(float(raw[9]), abs=1e-5)
+
+
 def test_prompt_logits_shape_and_limits(llm: LLM) -> None:
     assert llm.prompt_logits([3, 4, 5]).shape == (3, 1280)
     assert llm.prompt_logits([3] * 600).dtype == torch.float32
@@ -336,7 +444,7 @@ def test_stats() -> None:
     assert (engine.stats().running, engine.stats().waiting) == (0, 2)
     engine.step()
     assert engine.stats().prefill_tokens == 64
-    assert engine.stats().kv_cache_usage == pytest.approx(0.25)
+    assert engine.stats().kv_cache_usage == pytest.approx(0.5)
     while engine.has_work:
         engine.step()
     stats = engine.stats()
