@@ -14,12 +14,13 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
+from click.core import ParameterSource
 from eval_backends import BackendError
 from eval_http import HTTPOptions
 from eval_items import Item, ItemError, Protocol, bundled_problems, make_items, read_gpqa
@@ -31,6 +32,8 @@ from eval_sources import Source, common_tier, read_conf
 
 from minidsv import __version__
 from minidsv.errors import MinidsvError
+
+HTTP_ONLY = ("model", "api_key", "chat", "concurrency", "retries", "timeout")
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -59,12 +62,8 @@ def accuracy(
     repeats: Repeats = 1,
     limit: Limit = None,
     seed: Seed = 0,
-    max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="most to generate (generative only)  [default: 4096]")
-    ] = None,
-    temperature: Annotated[
-        float | None, typer.Option(min=0.0, help="0 is greedy (generative only)  [default: 0]")
-    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="most to generate (generative)")] = 4096,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy (generative)")] = 0.0,
     records: Annotated[Path | None, typer.Option(help="JSONL to write, and to resume from")] = None,
     min_accuracy: Annotated[
         float | None, typer.Option(help="below it red; default 0.99 for the bundled pair, else 0")
@@ -81,18 +80,20 @@ def accuracy(
     if context.invoked_subcommand is not None:
         return
     bundled = csv is None and base_url is None and "model=" not in engine
+    chosen: Protocol = protocol or ("loglikelihood" if csv is None else "generative")
     with _errors():
+        if base_url is None:
+            _refuse(context, HTTP_ONLY, "without --base-url")
+        else:
+            _refuse(context, ("engine",), "beside --base-url")
         source = read_conf(
             base_url or engine,
             HTTPOptions(model, api_key, chat, concurrency, retries, timeout),
         )
-        settings = settings_of(
-            protocol or ("loglikelihood" if csv is None else "generative"),
-            max_tokens,
-            temperature,
-            seed,
-            max_errors,
-        )
+        settings = Settings(chosen, max_tokens, temperature, seed, max_errors=max_errors)
+        if chosen == "loglikelihood":
+            _refuse(context, ("max_tokens", "temperature"), "with --protocol loglikelihood")
+            settings = replace(settings, max_tokens=1)
         items = load_items(csv, settings.protocol, repeats, limit, seed)
         done, failed = ask(source, items, settings, records, csv)
     more = {"conf": source.conf, "version": __version__, "failures": failed.last}
@@ -104,6 +105,7 @@ def accuracy(
 
 @app.command()
 def parity(
+    context: typer.Context,
     a: Annotated[str, typer.Option(help="the reference: CONF as below")],
     b: Annotated[str, typer.Option(help="what is compared with it")],
     csv: Csv = None,
@@ -130,6 +132,8 @@ def parity(
     options = HTTPOptions(model, api_key, False, concurrency, retries, timeout)
     with _errors():
         sources = [read_conf(conf, options) for conf in (a, b)]
+        if all(source.precision for source in sources):
+            _refuse(context, HTTP_ONLY, "without the URL of a server")
         settings = Settings("loglikelihood", tokens, seed=seed, ignore_eos=tokens > 1)
         items = load_items(csv, settings.protocol, repeats, limit, seed)
         runs = [ask(source, items, settings, None, csv)[0] for source in sources]
@@ -142,20 +146,14 @@ def parity(
     raise typer.Exit(not verdict.green)
 
 
-def settings_of(
-    protocol: Protocol,
-    max_tokens: int | None,
-    temperature: float | None,
-    seed: int,
-    max_errors: int,
-) -> Settings:
-    """Checks that no option is given that the protocol has no use for."""
-    if protocol == "loglikelihood":
-        for name, value in (("--max-tokens", max_tokens), ("--temperature", temperature)):
-            if value is not None:
-                raise ItemError(f"{name}: {value} has no meaning with --protocol loglikelihood")
-        return Settings(protocol, seed=seed, max_errors=max_errors)
-    return Settings(protocol, max_tokens or 4096, temperature or 0.0, seed, max_errors=max_errors)
+def _refuse(context: typer.Context, names: tuple[str, ...], why: str) -> None:
+    """Raise ItemError if an option was given that would do nothing."""
+    for name in names:
+        if (
+            name in context.params
+            and context.get_parameter_source(name) == ParameterSource.COMMANDLINE
+        ):
+            raise ItemError(f"--{name.replace('_', '-')}: has no meaning {why}")
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -53,10 +53,8 @@ class RecordFile:
         if path is None:
             return
         if path.exists():
-            found = list(_whole_lines(path))
-            if found:
-                _check_header(path, found[0], header)
-                self.records = {r.key: r for r in map(_record, found[1:])}
+            self.records, whole = _read(path, header)
+            os.truncate(path, whole)
         self._file = path.open("a", encoding="utf-8")
         if self._file.tell() == 0:
             self._write({"header": header})
@@ -77,32 +75,37 @@ class RecordFile:
             os.fsync(self._file.fileno())
 
 
-def _record(line: dict[str, Any]) -> Record:
-    return Record(**{k: tuple(v) if isinstance(v, list) else v for k, v in line.items()})
-
-
-def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Parsed lines; what follows the last newline is cut off the file."""
+def _read(path: Path, header: dict[str, Any]) -> tuple[dict[tuple[str, int], Record], int]:
+    """Records of the same run, and the bytes up to the last newline; raises ItemError."""
     data = path.read_bytes()
     whole = data.rfind(b"\n") + 1
-    if whole < len(data):
-        os.truncate(path, whole)
-    for number, line in enumerate(data[:whole].splitlines(), 1):
+    if not whole and not json.dumps({"header": header}).encode().startswith(data):
+        raise ItemError(f"{path}: not a record file of this program (no header in its first line)")
+    records = {}
+    for number, content in enumerate(data[:whole].split(b"\n")[:-1], 1):
         try:
-            yield json.loads(line)
+            line = json.loads(content)
         except ValueError as error:
             raise ItemError(f"{path}:{number}: not JSON: {error}") from None
+        if number == 1:
+            _check_header(path, line, header)
+            continue
+        try:
+            record = Record(**{k: tuple(v) if isinstance(v, list) else v for k, v in line.items()})
+        except (TypeError, AttributeError):
+            raise ItemError(f"{path}:{number}: not a record of this program") from None
+        records[record.key] = record
+    return records, whole
 
 
-def _check_header(path: Path, line: dict[str, Any], header: dict[str, Any]) -> None:
-    written = line.get("header")
+def _check_header(path: Path, line: Any, header: dict[str, Any]) -> None:
+    written = line.get("header") if isinstance(line, dict) else None
     if not isinstance(written, dict):
-        raise ItemError(f"{path}: not a record file of this program (its first line has no header)")
+        raise ItemError(f"{path}: not a record file of this program (no header in its first line)")
     want = json.loads(json.dumps(header))
-    differing = sorted(k for k in written | want if written.get(k) != want.get(k))
-    if differing:
-        name = differing[0]
-        raise ItemError(
-            f"{path}: was written by another run: {name} is {written.get(name)!r} there and "
-            f"{want.get(name)!r} here; name another --records file"
-        )
+    for name in sorted(written | want):
+        if written.get(name) != want.get(name):
+            raise ItemError(
+                f"{path}: was written by another run: {name} is {written.get(name)!r} there and "
+                f"{want.get(name)!r} here; name another --records file"
+            )
