@@ -2,10 +2,11 @@
 
     python scripts/batch_generate.py --input in.jsonl --output out.jsonl
 
-INPUT has a request a line: OpenAI batch lines (custom_id, method, url, body), or plain bodies of
-/v1/completions, {"prompt": ..., "max_tokens": ...}, with or without a custom_id (without one, line
-17 is "line-17"). OUTPUT gets OpenAI's result lines, each as soon as it is finished. Files that end
-in .gz or .zst are compressed; - is standard input or output, the latter without resuming.
+INPUT has a request a line: OpenAI batch lines (custom_id, method, url, body) of /v1/completions or
+/v1/chat/completions, or plain bodies of the former, {"prompt": ..., "max_tokens": ...}, with or
+without a custom_id (without one, line 17 is "line-17"). OUTPUT gets OpenAI's result lines, each as
+soon as it is finished. Files that end in .gz or .zst are compressed; - is standard input or output,
+the latter without resuming.
 
 The same command again goes on where a run was interrupted or killed: it skips what OUTPUT has, cuts
 off a torn end, and tries failed lines anew. OUTPUT.run.json keeps the options that results depend

@@ -224,8 +224,6 @@ def _openai_line(fields: dict[str, Any], urls: tuple[str, ...]) -> tuple[str, di
     method, url, body = (fields.get(name) for name in LINE_FIELDS[1:])
     if method != "POST":
         raise _invalid("method", method, "'POST'")
-    if url == CHAT and url not in urls:
-        raise LineError("unsupported_url", f"url: {url} needs chat, which the engine has not yet")
     if url not in urls:
         raise LineError("unsupported_url", f"url: {reprlib.repr(url)} is not one of {list(urls)}")
     if not isinstance(body, dict):

@@ -3,15 +3,19 @@
 import hashlib
 import reprlib
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from batch_lines import COMPLETIONS, Answer, Failure, Job, LineError
+from batch_lines import CHAT, COMPLETIONS, Answer, Failure, Job, LineError
 from batch_report import Histogram, Load
 from minidsv import LLM
 from minidsv.errors import RequestError
 from minidsv.request import Request
+from minidsv.server import chat_completions as chat
+from minidsv.server.chat_completions import ChatRequest
 from minidsv.server.completions import CompletionRequest, completion_body, make_requests
 
 TAIL_BYTES = 2**20
@@ -22,8 +26,7 @@ class _Running:
     """A job with one engine request a choice."""
 
     job: Job
-    body: CompletionRequest
-    requests: list[Request]
+    answer: Callable[[], dict[str, Any]]  # once all are finished
     submitted: float
     left: int  # unfinished requests
 
@@ -31,7 +34,7 @@ class _Running:
 class LocalBackend:
     """Steps the engine of `llm`; of a step's time it knows whether it was prefill or decode."""
 
-    urls: tuple[str, ...] = (COMPLETIONS,)
+    urls: tuple[str, ...] = (COMPLETIONS, CHAT)
 
     def __init__(self, llm: LLM, name: str):
         """name: the model's, for lines that bring one."""
@@ -46,17 +49,32 @@ class LocalBackend:
     def submit(self, job: Job) -> None:
         """Check a body as the server does, and queue it."""
         try:
-            body = CompletionRequest.parse(job.body)
-            if body.model not in (None, self._name):
-                raise _unknown_model(body.model, self._name)
-            requests = make_requests(self._engine, body, job.request_id)
+            requests, answer = self._prepare(job)
         except RequestError as error:
-            raise LineError("invalid_request_error", str(error), param=error.param) from None
+            code = "invalid_request_error"
+            raise LineError(code, str(error), param=error.param) from None
         now = time.monotonic()
-        running = _Running(job, body, requests, now, len(requests))
+        running = _Running(job, answer, now, len(requests))
         for request in requests:
             self._engine.add(request)
             self._of[request], self._last[request] = running, now
+
+    def _prepare(self, job: Job) -> tuple[list[Request], Callable[[], dict[str, Any]]]:
+        """The engine's requests of a job, and what makes the answer of them."""
+        engine, chatting = self._engine, job.url == CHAT
+        body = ChatRequest.parse(job.body) if chatting else CompletionRequest.parse(job.body)
+        if body.model not in (None, self._name):
+            raise _unknown_model(body.model, self._name)
+        answer_id = body.request_id or job.id.removeprefix("batch_req_")
+        head: dict[str, Any] = {"model": self._name, "created": int(time.time())}
+        head["answer_id"] = f"{'chatcmpl' if chatting else 'cmpl'}-{answer_id}"
+        if isinstance(body, ChatRequest):
+            prompt, requests = chat.make_requests(engine, body, job.request_id)
+            return requests, partial(
+                chat.chat_body, body, prompt, requests, engine.tokenizer, **head
+            )
+        requests = make_requests(engine, body, job.request_id)
+        return requests, partial(completion_body, body, requests, engine.tokenizer, **head)
 
     def poll(self) -> list[Answer | Failure]:
         """Run one step."""
@@ -91,15 +109,7 @@ class LocalBackend:
         if running.left:
             return []
         job, seconds = running.job, now - running.submitted
-        body = completion_body(
-            running.body,
-            running.requests,
-            self._engine.tokenizer,
-            model=self._name,
-            answer_id=f"cmpl-{job.id.removeprefix('batch_req_')}",
-            created=int(time.time()),
-        )
-        return [Answer(job, body, seconds, job.request_id)]
+        return [Answer(job, running.answer(), seconds, job.request_id)]
 
     def load(self) -> Load:
         stats = self._engine.stats()

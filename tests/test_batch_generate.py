@@ -18,6 +18,7 @@ from test_batch_files import decoded, write_lines
 
 import batch_generate
 import batch_report
+from batch_lines import Job, LineError, parse
 from batch_local import LocalBackend
 from batch_report import Histogram, Load, Reporter, Tally
 from minidsv import LLM, SamplingParams
@@ -141,8 +142,6 @@ def backend() -> LocalBackend:
 def test_the_engine_refuses_a_line(
     fields: dict[str, Any], param: str, status: int, backend: LocalBackend
 ) -> None:
-    from batch_lines import LineError, parse
-
     job = parse(json.dumps({"prompt": "a", **fields}).encode(), 1, backend.urls, 0)
     with pytest.raises(LineError) as refusal:
         backend.submit(job)
@@ -150,6 +149,24 @@ def test_the_engine_refuses_a_line(
     assert refusal.value.body["error"]["param"] == param
     assert str(refusal.value).startswith(f"{param}: ")
     assert backend.load().waiting == 0
+
+
+def chat_line(**body: Any) -> Job:
+    line = {"custom_id": "c", "method": "POST", "url": "/v1/chat/completions", "body": body}
+    return parse(json.dumps(line).encode(), 1, LocalBackend.urls, 0)
+
+
+def test_the_engine_chats(backend: LocalBackend) -> None:
+    message = {"role": "user", "content": QUESTION.format("France")}
+    backend.submit(chat_line(messages=[message], temperature=0, max_tokens=8, n=2))
+    answers: list[Any] = []
+    while not answers:
+        answers = backend.poll()
+    assert answers[0].body["object"] == "chat.completion"
+    contents = [choice["message"]["content"] for choice in answers[0].body["choices"]]
+    assert contents == [" Paris"] * 2
+    with pytest.raises(LineError, match="messages: is empty"):
+        backend.submit(chat_line(messages=[]))
 
 
 USAGE = [
