@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from click.core import ParameterSource
 from eval_backends import BackendError
 from eval_http import HTTPOptions
 from eval_items import Item, ItemError, Protocol, bundled_problems, make_items, read_gpqa
@@ -149,10 +148,8 @@ def parity(
 def _refuse(context: typer.Context, names: tuple[str, ...], why: str) -> None:
     """Raise ItemError if an option was given that would do nothing."""
     for name in names:
-        if (
-            name in context.params
-            and context.get_parameter_source(name) == ParameterSource.COMMANDLINE
-        ):
+        source = context.get_parameter_source(name) if name in context.params else None
+        if source is not None and source.name == "COMMANDLINE":
             raise ItemError(f"--{name.replace('_', '-')}: has no meaning {why}")
 
 

@@ -293,7 +293,7 @@ def served() -> Iterator[Served]:
 def test_our_own_server_scores_as_the_engine_does(served: Served) -> None:
     url = str(served.client.base_url)
     result = invoke("parity", "--a", url, "--b", "device=cpu", "--limit", "6", "--tier", "fp32")
-    assert result.exit_code == 0, result.stdout
+    assert result.exit_code == 0, result.output
     assert last_json(result)["divergences"] == 0
     with serving(load_format="auto", num_pages=200, dtype="bfloat16") as other:
         result = invoke("parity", "--a", url, "--b", str(other.client.base_url), "--limit", "4")
