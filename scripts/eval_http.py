@@ -12,6 +12,7 @@ import httpx
 from eval_backends import Ask, BackendError, OnReply, Reply, tail_logprob
 
 RETRIED = {408, 409, 429}  # and everything from 500: a later try may succeed
+MOST_LOGPROBS = 5  # that OpenAI's /v1/completions gives at a position; other servers may cap it too
 LONGEST_WAIT = 30.0  # seconds between two tries
 
 
@@ -81,7 +82,8 @@ class HTTPBackend:
         if ask.top_logprobs is None:
             choice = self._post("completions", body)
             return Reply(choice["text"], choice.get("finish_reason"))
-        choice = self._post("completions", {**body, "logprobs": ask.top_logprobs})
+        count = min(ask.top_logprobs, MOST_LOGPROBS)
+        choice = self._post("completions", {**body, "logprobs": count})
         logprobs = _logprobs(choice)
         return Reply(
             choice["text"],

@@ -127,7 +127,8 @@ def _gpqa_problem(row: dict[str, str], where: str, protocol: Protocol) -> Proble
     return Problem(number, topic, before, tuple(answers), after, tuple(shuffled_orders(number)))
 
 
-def bundled_problems(seed: int) -> list[Problem]:
+@cache
+def bundled_problems(seed: int) -> tuple[Problem, ...]:
     """512 problems for the bundled model: four-choice facts, and look-ups in contexts that end at
     a page edge (the first one is also index_topk), a token before it, or one behind it."""
     rng = random.Random(f"bundled-{seed}")
@@ -142,7 +143,7 @@ def bundled_problems(seed: int) -> list[Problem]:
                 number = f"retrieval-{length}-{seed}-{i}"
                 problems.append(_bundled_problem(number, f"retrieval {edge}", question))
     rng.shuffle(problems)
-    return problems
+    return tuple(problems)
 
 
 def _retrieval_of(rng: random.Random, length: int, count_tokens: CountTokens) -> Question:
