@@ -56,7 +56,7 @@ class BlockManager:
         for page in cached:
             self._free.pop(page, None)
             self._num_owners[page] += 1
-        request.page_ids += cached
+        request.page_ids.extend(cached)
         self._take(request, missing)
         if reads and not request.num_preemptions:
             self.prefix_queries += request.num_tokens
@@ -87,7 +87,7 @@ class BlockManager:
             if not self._num_owners[page]:
                 self._free[page] = None
                 self._free.move_to_end(page, last=page in self._hashes)
-        request.page_ids.clear()
+        del request.page_ids[:]
 
     def check(self, owners: Iterable[Request]) -> None:
         """Assert that pages, the requests that own any, and hashes agree."""

@@ -39,6 +39,7 @@ class Tokenizer:
             template.get("default") if isinstance(template, dict) else template
         )
         self.size = 1 + max(self.backend.get_vocab(with_added_tokens=True).values())  # with gaps
+        self._token_texts: dict[int, str] = {}
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`, with the special tokens that the tokenizer adds (BOS). Special
@@ -54,12 +55,13 @@ class Tokenizer:
         return self.backend.decode(known, skip_special_tokens=True)
 
     def token_text(self, token_id: int) -> str:
-        """One token on its own, special tokens shown."""
-        return (
-            self.backend.decode([token_id], skip_special_tokens=False)
-            if token_id < self.size
-            else ""
-        )
+        """One token on its own, special tokens shown; remembered, for log-probabilities."""
+        text = self._token_texts.get(token_id)
+        if text is None:
+            known = [token_id] if token_id < self.size else []
+            text = self.backend.decode(known, skip_special_tokens=False)
+            self._token_texts[token_id] = text
+        return text
 
     def token_id(self, token: str) -> int | None:
         """The id of one token by its spelling."""

@@ -69,7 +69,7 @@ def test_block_manager(actions: list[tuple[int, int]], num_pages: int) -> None:
             wanted = max(len(before), pages_for(tokens))
             assert grown == (wanted - len(before) <= free)
             assert len(request.page_ids) == (wanted if grown else len(before))
-            assert request.page_ids[: len(before)] == before
+            assert list(request.page_ids[: len(before)]) == before
         manager.check(requests)
     for request in requests:
         manager.free(request)
