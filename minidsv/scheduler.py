@@ -102,8 +102,12 @@ class Scheduler:
     def _admit(self, request: Request) -> bool:
         """Run the first waiting request, if there are pages for all its tokens and some to spare.
 
-        The spare ones are for the running requests' next tokens; alone, a request needs none.
+        The spare ones are for the running requests' next tokens; alone, a request needs none. It
+        also waits while a running one computes more of its prefix: of many prompts with a common
+        beginning, or many outputs of one, the first computes it.
         """
+        if self.block_manager.comes_next(request, self.running):
+            return False
         cached = self.block_manager.admit(request, self.spare_pages if self.running else 0)
         if cached is None:
             return False
