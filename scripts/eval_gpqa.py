@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
+
 from eval_backends import BackendError
 from eval_http import HTTPOptions
 from eval_items import Item, ItemError, Protocol, bundled_problems, make_items, read_gpqa
@@ -28,7 +29,6 @@ from eval_records import Record, RecordFile
 from eval_report import print_accuracy, print_parity, progress
 from eval_run import Failures, Settings, TooManyErrors, run
 from eval_sources import Source, common_tier, read_conf
-
 from minidsv import __version__
 from minidsv.errors import MinidsvError
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
+
 from eval_backends import Ask, BackendError, OnReply, Reply, tail_logprob
 
 RETRIED = {408, 409, 429}  # and everything from 500: a later try may succeed

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 import transformers
-from eval_backends import Ask, BackendError, OnReply, Reply, tail_logprob
 from safetensors.torch import load_file
 from torch import Tensor
+
+from eval_backends import Ask, BackendError, OnReply, Reply, tail_logprob
 
 
 class TransformersBackend:

@@ -9,13 +9,14 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
 from eval_items import Protocol
 from eval_parity import Limits, Pair, Tier, Verdict
 from eval_records import Record
 from eval_run import Failures, by_topic, summarise
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 
 @contextmanager

@@ -14,7 +14,6 @@ from typing import Any, Literal
 from eval_backends import Backend, EngineBackend
 from eval_http import HTTPBackend, HTTPOptions
 from eval_parity import Tier
-
 from minidsv.config import ModelConfig
 from minidsv.engine_config import EngineConfig, bundled_model, model_path
 from minidsv.errors import ConfigError

@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from eval_tiny import TINY, accuracy
 from tiny_checkpoint import load_checkpoint, save_checkpoint
 from tiny_data import KIND_CONTEXT, KIND_PAD, KIND_TASK, TASKS, Encoder, Mix
 from tiny_feeder import Feeder, Recipe
@@ -32,6 +31,7 @@ from tiny_model import TinyDeepseek, attend_dense, update_router_bias
 from tiny_sparse import IndexerLosses, Selection
 from torch import Tensor, nn
 
+from eval_tiny import TINY, accuracy
 from minidsv.config import ModelConfig
 from minidsv.questions import KINDS, eval_questions
 

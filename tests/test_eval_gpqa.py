@@ -23,7 +23,6 @@ from eval_backends import Ask, Reply
 from eval_gpqa import app
 from eval_http import HTTPBackend, HTTPOptions
 from eval_run import Settings, run, summarise
-
 from minidsv.engine_config import bundled_model
 from minidsv.errors import ConfigError
 from minidsv.questions import is_held_out_choice
