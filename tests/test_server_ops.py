@@ -11,13 +11,12 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from minidsv.errors import ConfigError
 from minidsv.server.app import create_app
 from minidsv.server.logs import TextFormatter
 from minidsv.server.options import ServerOptions
-from served import Served, assert_error, events, serving, wait_until
+from served import Served, assert_error, events, metrics, serving, wait_until
 
 SHORT = {"max_new_tokens": 4, "ignore_eos": True}
 ENDLESS = {"max_new_tokens": 3000, "ignore_eos": True}
@@ -47,17 +46,6 @@ def slow_down(served: Served, monkeypatch: pytest.MonkeyPatch, seconds: float = 
 
     monkeypatch.setattr(served.engine.runner, "execute", slow)
     return steps
-
-
-def metrics(served: Served) -> dict[str, float]:
-    """Samples by name, label values other than the model's appended."""
-    families = text_string_to_metric_families(served.client.get("/metrics").text)
-    samples = {}
-    for sample in (sample for family in families for sample in family.samples):
-        assert sample.labels.pop("model_name") == "tiny"
-        name = ":".join([sample.name.removeprefix("minidsv:"), *sample.labels.values()])
-        samples[name] = sample.value
-    return samples
 
 
 # Keys
