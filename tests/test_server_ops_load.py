@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from minidsv import LLM, SamplingParams
+from minidsv.server.options import ServerOptions
 from served import Served, metrics, serving, wait_until
 
 TRAINED: dict[str, Any] = {"load_format": "auto", "device": "cpu"}
@@ -27,7 +28,8 @@ def scale(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[Served]:
-    with serving(**TRAINED, num_pages=256, max_num_batched_tokens=256) as running:
+    options = ServerOptions(max_queued_requests=10**6, max_queued_tokens=10**9)
+    with serving(options, **TRAINED, num_pages=256, max_num_batched_tokens=256) as running:
         yield running
 
 
