@@ -328,6 +328,17 @@ def test_prompt_of_several_outputs_counts_once(served: Served) -> None:
     assert (grown["request_params_n_count"], grown["request_params_n_sum"]) == (2, 6)
 
 
+def test_prefix_cache_is_counted(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO), serving() as served:
+        answers = [served.generate(input_ids=[7] * 130, sampling_params=SHORT) for _ in range(2)]
+        samples = metrics(served)
+    assert samples["prefix_cache_queries_total"] == 2 * 130
+    cached = [answer.json()["meta_info"]["cached_tokens"] for answer in answers]
+    assert samples["prefix_cache_hits_total"] == sum(cached) == 128
+    logged = [r.fields["cached_tokens"] for r in caplog.records if r.msg == "%s %s"]  # type: ignore[attr-defined]
+    assert logged == cached
+
+
 def test_schema_documents_every_error(served: Served) -> None:
     schema = served.client.get("/openapi.json").json()
     for path, operations in schema["paths"].items():
@@ -371,7 +382,7 @@ def test_one_log_line_a_call(served: Served, caplog: pytest.LogCaptureFixture) -
     prompt = len(served.engine.tokenizer.encode(secret))
     assert fields == {
         "id": "mine", "status": 200, "finish": "length",
-        "prompt_tokens": prompt, "generated_tokens": 4,
+        "prompt_tokens": prompt, "cached_tokens": 0, "generated_tokens": 4,
     }  # fmt: skip
     assert second.fields | {"total_ms": 0} == {"id": "lost", "status": 404, "total_ms": 0}  # type: ignore[attr-defined]
     assert not any(secret in TextFormatter().format(r) + str(vars(r)) for r in (first, second))
