@@ -13,6 +13,7 @@ import openai
 import pytest
 
 from minidsv.errors import ConfigError
+from minidsv.server import responses
 from minidsv.server.app import create_app
 from minidsv.server.logs import TextFormatter
 from minidsv.server.options import ServerOptions
@@ -412,3 +413,22 @@ def test_a_bug_is_a_500_that_is_not_retried(served: Served, monkeypatch: Any) ->
     assert response.headers["x-should-retry"] == "false"
     assert isinstance(response, httpx.Response)
     assert response.headers["x-request-id"]
+
+
+def test_silence_is_filled_with_comments(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(responses, "PING_SECONDS", 0.02)
+    slow_down(served, monkeypatch, 0.2)
+    body = {"text": "a", "sampling_params": SHORT, "stream": True}
+    blocks = served.client.post("/generate", json=body).text.split("\n\n")
+    comments = [block for block in blocks if block == ": ping"]
+    assert len(blocks) - len(comments) == 4 + 2, "tokens, [DONE] and the end"
+    assert len(comments) >= 4
+
+
+@pytest.mark.parametrize("path", ["/%ff", "/a%00b", "//", "/health/", "/generate/x", "/\u20ac?%f0"])
+@pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "OPTIONS", "PROPFIND"])
+def test_odd_paths_and_methods(method: str, path: str, served: Served) -> None:
+    response = served.client.request(method, path, follow_redirects=True)
+    assert response.status_code in (200, 404, 405)
+    if response.status_code != 200 and method != "HEAD":
+        assert_error(response, response.status_code, None)

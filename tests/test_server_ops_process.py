@@ -148,6 +148,20 @@ def test_a_failing_engine_ends_the_process() -> None:
     assert any("AssertionError" in line.get("exception", "") for line in server.logged())
 
 
+@pytest.mark.parametrize("stuck", ["loading", "stepping"])
+def test_a_stuck_engine_does_not_keep_the_process(stuck: str) -> None:
+    options: dict[str, Any] = {stuck: "time.sleep(100)", "drain_seconds": 0.1}
+    with process(**options) as server, ThreadPoolExecutor(1) as pool:
+        if stuck == "stepping":
+            wait_until(server.is_ready, seconds=60)
+            call = pool.submit(server.generate, text="a", sampling_params=ENDLESS)
+            wait_until(lambda: server.running() == 1)
+        server.popen.send_signal(signal.SIGTERM)
+        assert server.popen.wait(30) == 0
+        if stuck == "stepping":
+            assert_error(call.result(), 503, None, "shutting down")
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [
