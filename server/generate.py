@@ -4,11 +4,10 @@ import asyncio
 from collections.abc import AsyncIterator, Mapping
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
 
 from minidsv.request import Request as EngineRequest
 from minidsv.server.exchange import Exchange, exchange_of
-from minidsv.server.responses import EventStream, event
+from minidsv.server.responses import EventStream
 from minidsv.server.serving import Serving
 from minidsv.server.sglang import Answer, GenerateRequest, make_requests
 from minidsv.server.streams import STREAM_OR_JSON, after_scores
@@ -29,8 +28,9 @@ def routes(serving: Serving) -> APIRouter:
         async for batch in outputs:
             for output in batch:
                 answers[output.request].add(output)
-        whole = [answer.json() for answer in answers.values()]
-        return JSONResponse(whole if len(whole) > 1 else whole[0])
+        whole = b",".join(answer.json() for answer in answers.values())
+        content = b"[%b]" % whole if len(answers) > 1 else whole
+        return Response(content, media_type="application/json")
 
     return router
 
@@ -45,5 +45,5 @@ async def _events(
         for output in batch:
             answer = answers[output.request]
             answer.add(output)
-            pieces.append(event(answer.json()))
+            pieces.append(b"data: %b\n\n" % answer.json())
         yield b"".join(pieces)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic_core import to_json
 
 from minidsv.engine import Engine, StepOutput
 from minidsv.errors import RequestError
@@ -175,33 +176,43 @@ class Answer:
         self.request, self.scored = request, scored
         self._body = body
         self._start = time.perf_counter()
-        self._text = ""
         self._num_tokens = 0
         self._finished = False
+        self._text, self._output_ids = (
+            b"",
+            b"",
+        )  # the JSON of what is repeated, without its brackets
 
     def add(self, output: StepOutput) -> None:
         """Take in what a step brought."""
-        self._text += output.text
+        self._text += to_json(output.text)[1:-1]
+        separator = b"," if self._num_tokens and output.token_ids else b""
+        self._output_ids += separator + to_json(output.token_ids)[1:-1]
         self._num_tokens += len(output.token_ids)
         self._finished = output.finished
 
-    def json(self) -> dict[str, Any]:
+    def json(self) -> bytes:
         """All so far; with several answers, `index` tells which one it is."""
+        rest: dict[str, Any] = {"meta_info": self._meta_info()}
+        if self.request.params.n > 1:
+            rest["index"] = self.request.index
+        return b'{"text":"%b","output_ids":[%b],%b' % (
+            self._text,
+            self._output_ids,
+            to_json(rest)[1:],
+        )
+
+    def _meta_info(self) -> dict[str, Any]:
         request = self.request
-        answer = {
-            "text": self._text,
-            "output_ids": request.output_token_ids[: self._num_tokens],
-            "meta_info": {
-                "id": request.request_id,
-                "finish_reason": _finish_reason(request) if self._finished else None,
-                "prompt_tokens": len(request.prompt_token_ids),
-                "completion_tokens": self._num_tokens,
-                "cached_tokens": request.num_cached_tokens,
-                "e2e_latency": round(time.perf_counter() - self._start, 6),
-                **self._logprobs(),
-            },
+        return {
+            "id": request.request_id,
+            "finish_reason": _finish_reason(request) if self._finished else None,
+            "prompt_tokens": len(request.prompt_token_ids),
+            "completion_tokens": self._num_tokens,
+            "cached_tokens": request.num_cached_tokens,
+            "e2e_latency": round(time.perf_counter() - self._start, 6),
+            **self._logprobs(),
         }
-        return answer if request.params.n == 1 else answer | {"index": request.index}
 
     def _logprobs(self) -> dict[str, Any]:
         """SGLang's lists of [logprob, token id, text or null]; the first input token has none."""

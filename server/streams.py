@@ -5,6 +5,8 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from pydantic_core import to_json
+
 from minidsv.engine import StepOutput
 from minidsv.request import Request
 from minidsv.server.openai_request import OpenAIRequest, StreamOptions, usage
@@ -78,19 +80,20 @@ async def chunk_events(
     """Server-sent events: one a choice and engine step, then the usage if it is asked for."""
     options = body.stream_options or StreamOptions()
     by_request = {choice.request: choice for choice in choices}
-    base = {**head, "usage": None} if options.include_usage else dict(head)
+    start = b"data: " + to_json(head)[:-1] + b","
     scored = {choice.request: choice.scored for choice in choices}
     async for batch in after_scores(outputs, scored):
         pieces = []
         for output in batch:
             choice = by_request[output.request]
             for fields in choice.chunks(output):
-                chunk = base | fields
                 if options.continuous_usage_stats:
-                    chunk["usage"] = usage([choice.request], choice.num_tokens)
-                pieces.append(event(chunk))
+                    fields["usage"] = usage([choice.request], choice.num_tokens)
+                elif options.include_usage:
+                    fields["usage"] = None
+                pieces.append(start + to_json(fields)[1:] + b"\n\n")
         yield b"".join(pieces)
     if options.include_usage:
         total = sum(choice.num_tokens for choice in choices)
         prompts = [choice.request for choice in choices[:: body.n or 1]]
-        yield event(base | {"choices": [], "usage": usage(prompts, total)})
+        yield event({**head, "choices": [], "usage": usage(prompts, total)})
