@@ -48,7 +48,7 @@ class BlockManager:
         Returns the number of cached tokens, which leaves at least one to compute; None, and nothing
         changed, if fewer than `spare` pages would stay free.
         """
-        reads = self.prefix_caching and not request.wants_prompt_logprobs
+        reads = self._reads(request)
         cached = self._cached_prefix(request) if reads else []
         missing = pages_for(request.num_tokens) - len(cached)
         if missing + spare > self.num_free - sum(not self._num_owners[page] for page in cached):
@@ -56,12 +56,24 @@ class BlockManager:
         for page in cached:
             self._free.pop(page, None)
             self._num_owners[page] += 1
-        request.page_ids += cached
+        request.page_ids.extend(cached)
         self._take(request, missing)
         if reads and not request.num_preemptions:
             self.prefix_queries += request.num_tokens
             self.prefix_hits += len(cached) * PAGE_SIZE
         return len(cached) * PAGE_SIZE
+
+    def comes_next(self, request: Request, running: Iterable[Request]) -> bool:
+        """One of `running` is about to compute the page that the request's cached prefix lacks."""
+        if not self._reads(request):
+            return False
+        index = len(self._cached_prefix(request))
+        end = (index + 1) * PAGE_SIZE
+        return end < request.num_tokens and any(
+            other.num_computed_tokens < end <= other.num_tokens
+            and _page_hash(other, index) == _page_hash(request, index)
+            for other in running
+        )
 
     def grow(self, request: Request, num_tokens: int) -> bool:
         """Give `request` pages for `num_tokens` tokens; False, and nothing changed, if too few."""
@@ -87,7 +99,7 @@ class BlockManager:
             if not self._num_owners[page]:
                 self._free[page] = None
                 self._free.move_to_end(page, last=page in self._hashes)
-        request.page_ids.clear()
+        del request.page_ids[:]
 
     def check(self, owners: Iterable[Request]) -> None:
         """Assert that pages, the requests that own any, and hashes agree."""
@@ -97,6 +109,9 @@ class BlockManager:
         assert self._hashes == {page: digest for digest, page in self._pages.items()}, (
             "wrong hashes"
         )
+
+    def _reads(self, request: Request) -> bool:
+        return self.prefix_caching and not request.wants_prompt_logprobs
 
     def _cached_prefix(self, request: Request) -> list[int]:
         """Cached pages of the request's longest prefix, short of its last token."""

@@ -3,9 +3,10 @@
 import enum
 import reprlib
 import time
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from minidsv.errors import RequestError
 
@@ -154,8 +155,7 @@ class Status(enum.Enum):
     FINISHED = "finished"
 
 
-@dataclass(frozen=True)
-class Logprob:
+class Logprob(NamedTuple):
     """Natural-log probability of a token under the raw logits; rank 1 is the most probable."""
 
     logprob: float
@@ -184,8 +184,8 @@ class Request:
     num_computed_tokens: int = 0  # tokens whose keys are in the cache
     num_cached_tokens: int = 0  # those that were there when it first ran
     num_preemptions: int = 0
-    page_ids: list[int] = field(default_factory=list)  # set by the block manager, as the next
-    page_hashes: list[bytes] = field(default_factory=list)  # of the first full pages, as needed
+    page_ids: "array[int]" = field(default_factory=lambda: array("q"))  # by the block manager,
+    page_hashes: list[bytes] = field(default_factory=list)  # of the first full pages, by the same
     output_token_ids: list[int] = field(default_factory=list)  # set by the engine, as the rest
     text: str = ""
     logprobs: list[LogprobDict] = field(default_factory=list)
@@ -202,8 +202,9 @@ class Request:
     @property
     def wants_prompt_logprobs(self) -> bool:
         """Some prompt logprobs are asked for and not known yet: positions have to be computed."""
-        known = len(self.prompt_logprobs)
-        return self.params.prompt_logprobs is not None and known < len(self.prompt_token_ids)
+        if self.params.prompt_logprobs is None:
+            return False
+        return len(self.prompt_logprobs) < len(self.prompt_token_ids)
 
     def token_ids(self, start: int, end: int) -> list[int]:
         """Tokens [start, end) of prompt + output."""

@@ -19,7 +19,7 @@ from minidsv.model import DeepseekV32
 from minidsv.resolve import free_memory
 from minidsv.sampler import Sampler
 from minidsv.scheduler import Chunk
-from minidsv.upload import upload
+from minidsv.upload import upload, upload_rows
 
 CACHE_SHARE = 0.25  # of the free memory, the most that a page pool of default size takes
 
@@ -107,8 +107,6 @@ class ModelRunner:
             positions += span
             slots += [pages[p // PAGE_SIZE] * PAGE_SIZE + p % PAGE_SIZE for p in span]
             request_index += [row] * chunk.num_tokens
-        width = max(len(chunk.request.page_ids) for chunk in chunks)
-        table = [c.request.page_ids + [0] * (width - len(c.request.page_ids)) for c in chunks]
         position_tensor = self._tensor(positions)
         return StepBatch(
             input_ids=self._tensor(input_ids),
@@ -116,7 +114,7 @@ class ModelRunner:
             slot_mapping=self._tensor(slots),
             seq_lens=position_tensor + 1,
             request_index=self._tensor(request_index),
-            block_table=upload(table, torch.int64, self.device),
+            block_table=upload_rows([chunk.request.page_ids for chunk in chunks], self.device),
             logits_index=self._tensor(logits_index),
             max_seq_len=max(chunk.end for chunk in chunks),
         )

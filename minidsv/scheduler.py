@@ -10,7 +10,7 @@ loses its pages and is computed again later, but for what is still cached by the
 
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from minidsv.block_manager import BlockManager
 from minidsv.kernels.constants import PAGE_SIZE
@@ -20,27 +20,22 @@ WATERMARK = 0.01  # share of the pages that stays free when a request starts bes
 MAX_LOGIT_ROWS = 1024  # prompt positions whose logits one step may compute for prompt_logprobs
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Chunk:
-    """Tokens [start, start + num_tokens) of a request, to be computed in one step."""
+    """Tokens [start, end) of a request, to be computed in one step."""
 
     request: Request
     start: int
     num_tokens: int
+    end: int = field(init=False)
+    samples: bool = field(init=False)  # reaches the last known token: its logits choose the next
+    scores: bool = field(init=False)  # ends a prompt that nothing is to follow
 
-    @property
-    def end(self) -> int:
-        return self.start + self.num_tokens
-
-    @property
-    def samples(self) -> bool:
-        """The chunk reaches the last known token, so its last logits choose the next one."""
-        return self.end == self.request.num_tokens and self.request.max_tokens > 0
-
-    @property
-    def scores(self) -> bool:
-        """The chunk ends a prompt that nothing is to follow."""
-        return self.end == self.request.num_tokens and self.request.max_tokens == 0
+    def __post_init__(self) -> None:
+        self.end = self.start + self.num_tokens
+        last = self.end == self.request.num_tokens
+        self.samples = last and self.request.max_tokens > 0
+        self.scores = last and self.request.max_tokens == 0
 
 
 class Scheduler:
@@ -107,8 +102,12 @@ class Scheduler:
     def _admit(self, request: Request) -> bool:
         """Run the first waiting request, if there are pages for all its tokens and some to spare.
 
-        The spare ones are for the running requests' next tokens; alone, a request needs none.
+        The spare ones are for the running requests' next tokens; alone, a request needs none. It
+        also waits while a running one computes more of its prefix: of many prompts with a common
+        beginning, or many outputs of one, the first computes it.
         """
+        if self.block_manager.comes_next(request, self.running):
+            return False
         cached = self.block_manager.admit(request, self.spare_pages if self.running else 0)
         if cached is None:
             return False

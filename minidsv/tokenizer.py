@@ -44,6 +44,7 @@ class Tokenizer:
             template.get("default") if isinstance(template, dict) else template
         )
         self.size = 1 + max(self.backend.get_vocab(with_added_tokens=True).values())  # with gaps
+        self._token_texts: dict[int, str] = {}
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`, with the special tokens that the tokenizer adds (BOS). Special
@@ -59,8 +60,12 @@ class Tokenizer:
         return self.backend.decode(known, skip_special_tokens=skip_special_tokens)
 
     def token_text(self, token_id: int) -> str:
-        """One token on its own, special tokens shown."""
-        return self.decode([token_id], skip_special_tokens=False)
+        """One token on its own, special tokens shown; remembered, for log-probabilities."""
+        text = self._token_texts.get(token_id)
+        if text is None:
+            text = self.decode([token_id], skip_special_tokens=False)
+            self._token_texts[token_id] = text
+        return text
 
     def token_bytes(self, token_id: int) -> bytes:
         """One token's UTF-8, which may be a part of a character (`token_text` shows U+FFFD)."""

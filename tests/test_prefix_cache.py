@@ -139,6 +139,16 @@ def test_salts_part_tenants(warm: LLM) -> None:
     assert cached == [0, 0, 0, 128, 128, 128]
 
 
+def test_outputs_of_one_prompt_compute_it_once(cold: LLM) -> None:
+    llm = LLM(num_pages=40)
+    ids = text_ids(llm, 130)
+    params = SamplingParams(n=4, temperature=1.0, seed=3, max_tokens=4, ignore_eos=True)
+    got, want = llm.generate([ids], params)[0], cold.generate([ids], params)[0]
+    assert llm.engine.stats().prefill_tokens == 130 + 3 * (130 - 128)
+    assert [o.token_ids for o in got.outputs] == [o.token_ids for o in want.outputs]
+    assert got.num_cached_tokens == 0
+
+
 def test_the_option(cold: LLM) -> None:
     ids = text_ids(cold, 130, seed=99)
     assert [cold.generate([ids], GREEDY)[0].num_cached_tokens for _ in range(2)] == [0, 0]

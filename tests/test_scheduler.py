@@ -69,7 +69,7 @@ def test_block_manager(actions: list[tuple[int, int]], num_pages: int) -> None:
             wanted = max(len(before), pages_for(tokens))
             assert grown == (wanted - len(before) <= free)
             assert len(request.page_ids) == (wanted if grown else len(before))
-            assert request.page_ids[: len(before)] == before
+            assert list(request.page_ids[: len(before)]) == before
         manager.check(requests)
     for request in requests:
         manager.free(request)
@@ -213,7 +213,9 @@ def test_prompt_logprobs_are_rationed() -> None:
     """Logits of a step stay bounded however long the prompt is."""
     scheduler = Scheduler(BlockManager(200), 8, 8192)
     scheduler.add(make(5000, 1, "rows", prompt_logprobs=0))
-    scheduler.add(make(3000, 1, "plain"))
+    plain = make(3000, 1, "plain")
+    plain.prompt_token_ids.reverse()
+    scheduler.add(plain)
     sizes = {c.request.request_id: c.num_tokens for c in scheduler.schedule()}
     assert sizes == {"rows": MAX_LOGIT_ROWS, "plain": 3000}
 
@@ -260,6 +262,30 @@ def test_a_full_hit_leaves_a_token_to_compute(length: int, cached: int) -> None:
     again = make(length, 1)
     assert run_to_end(scheduler, again) == length - cached
     assert again.num_cached_tokens == cached
+
+
+@pytest.mark.parametrize("budget", [8192, 100])
+def test_a_burst_computes_its_common_prefix_once(budget: int) -> None:
+    """Requests wait while another computes what they share, and for nothing else."""
+    scheduler = Scheduler(BlockManager(80), 16, budget)
+    burst = [make(length, 3) for length in (300, 300, 290, 64, 400)]
+    burst[4].prompt_token_ids[200] = -1
+    computed = run_to_end(scheduler, *burst)
+    assert [r.num_cached_tokens for r in burst] == [0, 256, 256, 0, 192]
+    assert computed == 300 + 44 + 34 + 64 + 208 + 5 * 2
+
+
+def test_a_burst_outlives_the_one_it_waits_for() -> None:
+    scheduler = Scheduler(BlockManager(80), 16, 100)
+    first, second = make(300, 3), make(300, 3)
+    scheduler.add(first)
+    scheduler.add(second)
+    for _ in range(2):
+        scheduler.advance(scheduler.schedule())
+    assert scheduler.running == [first]
+    scheduler.finish(first)
+    assert run_to_end(scheduler) == 300 + 2 - 192
+    assert second.num_cached_tokens == 192
 
 
 def test_outputs_are_cached_too() -> None:
