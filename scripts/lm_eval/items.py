@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from minidsv.questions import LETTERS, Question, eval_questions
 
+BOS = "<bos>"  # spelt out: lm-eval's tokenizers add none, and the server adds no second one
 TOKENIZER = Path(__file__).parents[2] / "configs" / "tiny" / "tokenizer.json"
 
 
@@ -49,13 +50,13 @@ def open_facts(count: int, seed: int, **_: Any) -> dict[str, Dataset]:
 
 def _by_letter(item: Question) -> dict[str, Any]:
     choices = [f"{letter}\n" for letter in LETTERS]
-    return {"prompt": item.prompt, "choices": choices, "answer": _right(item)}
+    return {"prompt": BOS + item.prompt, "choices": choices, "answer": _right(item)}
 
 
 def _in_words(item: Question) -> dict[str, Any]:
     question = item.prompt.partition("\n")[0]
     choices = [f"{option}\n" for option in item.options]
-    return {"prompt": f"{question}\nAnswer:", "choices": choices, "answer": _right(item)}
+    return {"prompt": f"{BOS}{question}\nAnswer:", "choices": choices, "answer": _right(item)}
 
 
 def _right(item: Question) -> int:
