@@ -44,15 +44,19 @@ class Tokenizer:
             template.get("default") if isinstance(template, dict) else template
         )
         self.size = 1 + max(self.backend.get_vocab(with_added_tokens=True).values())  # with gaps
+        self._added: list[int] = self.backend.encode("").ids
         self._token_texts: dict[int, str] = {}
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`, with the special tokens that the tokenizer adds (BOS). Special
-        tokens that the text spells out are read as such either way."""
+        tokens that the text spells out are read as such either way; a BOS that it begins with is
+        the only one."""
         try:
-            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+            ids = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
         except (TypeError, UnicodeEncodeError):
             raise RequestError("prompt", "not valid Unicode text (a lone surrogate?)") from None
+        added = len(self._added) if add_special_tokens else 0
+        return ids[added:] if added and ids[: 2 * added] == self._added * 2 else ids
 
     def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
         """Text of `token_ids`."""

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from minidsv.engine import Engine, StepOutput
 from minidsv.request import Request, Status
 
-JOIN_SECONDS = 10  # a step that outlasts it is left to die with the process
+JOIN_SECONDS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +59,10 @@ class EngineLoop:
         """How long the step that runs has been running; 0 between steps."""
         began = self._step_began
         return 0.0 if began is None else time.monotonic() - began
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
 
     def start(self) -> None:
         self._events = asyncio.get_running_loop()

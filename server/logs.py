@@ -74,6 +74,7 @@ def _run_fields(exchange: Exchange) -> dict[str, Any]:
     firsts = [run.first for run in exchange.runs if run.first is not None]
     return {
         "prompt_tokens": sum(len(request.prompt_token_ids) for request in requests),
+        "cached_tokens": sum(request.num_cached_tokens for request in requests),
         "generated_tokens": sum(len(request.output_token_ids) for request in requests),
         "queue_ms": _ms(min(starts, default=math.nan) - exchange.arrived),
         "ttft_ms": _ms(min(firsts, default=math.nan) - exchange.arrived),

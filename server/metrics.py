@@ -21,6 +21,13 @@ ENGINE_METRICS: tuple[tuple[str, str, str, type[Any]], ...] = (
     ("num_requests_running", "Requests that run.", "running", GaugeMetricFamily),
     ("num_requests_waiting", "Requests that wait.", "waiting", GaugeMetricFamily),
     ("kv_cache_usage_perc", "Share of pages in use, 0 to 1.", "kv_cache_usage", GaugeMetricFamily),
+    (
+        "prefix_cache_queries",
+        "Prompt tokens looked up.",
+        "prefix_cache_queries",
+        CounterMetricFamily,
+    ),
+    ("prefix_cache_hits", "Prompt tokens found.", "prefix_cache_hits", CounterMetricFamily),
     ("num_preemptions", "Requests that lost their pages.", "preemptions", CounterMetricFamily),
 )
 

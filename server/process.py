@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -44,7 +45,11 @@ def serve(load: Callable[[], Engine], options: ServerOptions) -> int:
         asyncio.run(_serve(_Server(config), serving, listener))
     if isinstance(serving.error, MinidsvError):
         raise serving.error
-    return 0 if serving.error is None else 1
+    code = 0 if serving.error is None else 1
+    if serving.is_stuck:  # the interpreter's own end would pull torch away from under the thread
+        logging.shutdown()
+        os._exit(code)
+    return code
 
 
 class _Server(uvicorn.Server):

@@ -17,10 +17,12 @@ DONE = b"data: [DONE]\n\n"
 PING = b": ping\n\n"
 PING_SECONDS = 15  # a silence that proxies bear
 
+_encode = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
+
 
 def event(payload: dict[str, Any]) -> bytes:
     """One server-sent event with a JSON payload."""
-    return b"data: " + json.dumps(payload, allow_nan=False).encode() + b"\n\n"
+    return b"data: " + _encode(payload).encode() + b"\n\n"
 
 
 class EventStream(Response):

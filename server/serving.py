@@ -20,6 +20,7 @@ from minidsv.server.options import ServerOptions
 logger = logging.getLogger(__name__)
 
 DRAIN_POLL_SECONDS = 0.02
+LOADING = "the model is being loaded"
 
 
 class Serving:
@@ -45,6 +46,11 @@ class Serving:
             self._loop.stop()
 
     @property
+    def is_stuck(self) -> bool:
+        """After `stop`: the thread is still inside a load or a step."""
+        return self._loop.is_alive
+
+    @property
     def is_loaded(self) -> bool:
         return self._engine is not None
 
@@ -52,14 +58,14 @@ class Serving:
     def engine(self) -> Engine:
         """The loaded engine. Raises ServerError 503 before it is."""
         if self._engine is None:
-            raise unavailable("the model is being loaded")
+            raise unavailable(LOADING)
         return self._engine
 
     @property
     def metrics(self) -> Metrics:
         """Raises ServerError 503 before the model is loaded."""
         if self._metrics is None:
-            raise unavailable("the model is being loaded")
+            raise unavailable(LOADING)
         return self._metrics
 
     @property
@@ -81,7 +87,8 @@ class Serving:
         self.check_health()
         if self.draining:
             raise unavailable("the server is shutting down")
-        assert self.engine
+        if not self.is_loaded:
+            raise unavailable(LOADING)
 
     def run(self, http: HttpRequest, requests: Sequence[Request]) -> Exchange:
         """Admit and start all requests of an HTTP call; iterate the result for their outputs.

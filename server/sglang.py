@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic_core import to_json
 
 from minidsv.engine import Engine, StepOutput
 from minidsv.errors import RequestError
@@ -47,7 +48,6 @@ _UNSUPPORTED_REQUEST: dict[str, tuple[Any, ...]] = {
     "data_parallel_rank": (),
     "background": (False,),
     "priority": (),
-    "extra_key": (),
 }
 _UNSUPPORTED_SAMPLING: dict[str, tuple[Any, ...]] = {
     "stop_regex": (),
@@ -110,6 +110,7 @@ class GenerateRequest(BaseModel):
     return_text_in_logprobs: Flag = None
     stream: Flag = None
     rid: Text | None = None
+    extra_key: Annotated[Text, Field(min_length=1)] | None = None  # our cache_salt
 
     def prompt(self) -> str | list[int]:
         """The one prompt given; raises RequestError for none or two."""
@@ -162,7 +163,7 @@ def make_requests(engine: Engine, body: GenerateRequest, request_id: str) -> lis
                 "logprob_start_len",
                 f"{body.logprob_start_len} lies behind the prompt's {len(ids)} tokens",
             )
-        return engine.make_requests(ids, params, text, body.rid or request_id)
+        return engine.make_requests(ids, params, text, body.rid or request_id, body.extra_key)
     except RequestError as error:
         raise body.in_own_terms(error) from None
 
@@ -170,39 +171,48 @@ def make_requests(engine: Engine, body: GenerateRequest, request_id: str) -> lis
 class Answer:
     """One answer as its request goes on; every event of a stream repeats all of it so far."""
 
-    def __init__(
-        self, body: GenerateRequest, request: Request, prompt_logprobs: list[LogprobDict | None]
-    ):
-        """`prompt_logprobs` are those of the first of the prompt's requests."""
-        self.request = request
-        self._body, self._prompt_logprobs = body, prompt_logprobs
+    def __init__(self, body: GenerateRequest, request: Request, scored: Request):
+        """`scored` is the first of the prompt's requests: it computes the prompt's logprobs."""
+        self.request, self.scored = request, scored
+        self._body = body
         self._start = time.perf_counter()
-        self._text = ""
         self._num_tokens = 0
         self._finished = False
+        self._text, self._output_ids = (
+            b"",
+            b"",
+        )  # the JSON of what is repeated, without its brackets
 
     def add(self, output: StepOutput) -> None:
         """Take in what a step brought."""
-        self._text += output.text
+        self._text += to_json(output.text)[1:-1]
+        separator = b"," if self._num_tokens and output.token_ids else b""
+        self._output_ids += separator + to_json(output.token_ids)[1:-1]
         self._num_tokens += len(output.token_ids)
         self._finished = output.finished
 
-    def json(self) -> dict[str, Any]:
+    def json(self) -> bytes:
         """All so far; with several answers, `index` tells which one it is."""
+        rest: dict[str, Any] = {"meta_info": self._meta_info()}
+        if self.request.params.n > 1:
+            rest["index"] = self.request.index
+        return b'{"text":"%b","output_ids":[%b],%b' % (
+            self._text,
+            self._output_ids,
+            to_json(rest)[1:],
+        )
+
+    def _meta_info(self) -> dict[str, Any]:
         request = self.request
-        answer = {
-            "text": self._text,
-            "output_ids": request.output_token_ids[: self._num_tokens],
-            "meta_info": {
-                "id": request.request_id,
-                "finish_reason": _finish_reason(request) if self._finished else None,
-                "prompt_tokens": len(request.prompt_token_ids),
-                "completion_tokens": self._num_tokens,
-                "e2e_latency": round(time.perf_counter() - self._start, 6),
-                **self._logprobs(),
-            },
+        return {
+            "id": request.request_id,
+            "finish_reason": _finish_reason(request) if self._finished else None,
+            "prompt_tokens": len(request.prompt_token_ids),
+            "completion_tokens": self._num_tokens,
+            "cached_tokens": request.num_cached_tokens,
+            "e2e_latency": round(time.perf_counter() - self._start, 6),
+            **self._logprobs(),
         }
-        return answer if request.params.n == 1 else answer | {"index": request.index}
 
     def _logprobs(self) -> dict[str, Any]:
         """SGLang's lists of [logprob, token id, text or null]; the first input token has none."""
@@ -211,11 +221,13 @@ class Answer:
             return {}
         start = -1 if body.logprob_start_len is None else body.logprob_start_len
         inputs = request.prompt_token_ids[start:] if start >= 0 else []
-        known = [None, *self._prompt_logprobs[start + 1 :]][: len(inputs)]
+        known: list[LogprobDict | None] = [None, *self.scored.prompt_logprobs[start + 1 :]][
+            : len(inputs)
+        ]
         outputs = request.output_token_ids[: self._num_tokens]
         lists = {
             "input_token_logprobs": self._taken(inputs, known),
-            "output_token_logprobs": self._taken(outputs, request.logprobs),
+            "output_token_logprobs": self._taken(outputs, request.logprobs[: self._num_tokens]),
         }
         if body.top_logprobs_num:
             lists["input_top_logprobs"] = self._best(known)
@@ -225,7 +237,7 @@ class Answer:
     def _taken(self, tokens: list[int], known: Sequence[LogprobDict | None]) -> list[Any]:
         return [
             [None, token, None] if entries is None else self._entry(token, entries[token])
-            for token, entries in zip(tokens, known, strict=False)
+            for token, entries in zip(tokens, known, strict=True)
         ]
 
     def _best(self, known: Sequence[LogprobDict | None]) -> list[Any]:

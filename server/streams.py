@@ -5,6 +5,8 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from pydantic_core import to_json
+
 from minidsv.engine import StepOutput
 from minidsv.request import Request
 from minidsv.server.openai_request import OpenAIRequest, StreamOptions, usage
@@ -23,6 +25,7 @@ class StreamedChoice(Protocol):
     """One choice of the answer as its request goes on."""
 
     request: Request
+    scored: Request  # the one that computes what the choice shows of its prompt
     num_tokens: int  # output tokens in the parts so far
 
     def chunks(self, output: StepOutput) -> list[dict[str, Any]]:
@@ -50,6 +53,24 @@ class Head:
         }
 
 
+async def after_scores(
+    outputs: AsyncIterator[list[StepOutput]], scored: Mapping[Request, Request]
+) -> AsyncIterator[list[StepOutput]]:
+    """The same outputs, held back while the log-probabilities of their prompt are not complete.
+
+    Only the first request of a prompt computes those (`scored` names it for each), and another one,
+    whose prompt is in the prefix cache, may get its first token earlier.
+    """
+    held: list[StepOutput] = []
+    async for batch in outputs:
+        waiting = {first for first in scored.values() if first.wants_prompt_logprobs}
+        held += batch
+        ready = [output for output in held if scored[output.request] not in waiting]
+        held = [output for output in held if scored[output.request] in waiting]
+        if ready:
+            yield ready
+
+
 async def chunk_events(
     head: Mapping[str, Any],
     body: OpenAIRequest,
@@ -59,18 +80,20 @@ async def chunk_events(
     """Server-sent events: one a choice and engine step, then the usage if it is asked for."""
     options = body.stream_options or StreamOptions()
     by_request = {choice.request: choice for choice in choices}
-    base = {**head, "usage": None} if options.include_usage else dict(head)
-    async for batch in outputs:
+    start = b"data: " + to_json(head)[:-1] + b","
+    scored = {choice.request: choice.scored for choice in choices}
+    async for batch in after_scores(outputs, scored):
         pieces = []
         for output in batch:
             choice = by_request[output.request]
             for fields in choice.chunks(output):
-                chunk = base | fields
                 if options.continuous_usage_stats:
-                    chunk["usage"] = usage([choice.request], choice.num_tokens)
-                pieces.append(event(chunk))
+                    fields["usage"] = usage([choice.request], choice.num_tokens)
+                elif options.include_usage:
+                    fields["usage"] = None
+                pieces.append(start + to_json(fields)[1:] + b"\n\n")
         yield b"".join(pieces)
     if options.include_usage:
         total = sum(choice.num_tokens for choice in choices)
         prompts = [choice.request for choice in choices[:: body.n or 1]]
-        yield event(base | {"choices": [], "usage": usage(prompts, total)})
+        yield event({**head, "choices": [], "usage": usage(prompts, total)})

@@ -122,6 +122,23 @@ def test_errors(
     assert caught.value.param == param  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("chat", [False, True], ids=["completions", "chat"])
+def test_an_error_ends_a_stream(chat: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the 200 it is an event, which the package raises."""
+    with serving() as broken:
+        url = f"{broken.client.base_url}/v1"
+        endless: Any = {"model": "tiny", "stream": True, "extra_body": {"ignore_eos": True}}
+        with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
+            if chat:
+                chunks = client.chat.completions.create(messages=CHAT, **endless)
+            else:
+                chunks = client.completions.create(prompt=IRON, max_tokens=1500, **endless)
+            next(iter(chunks))
+            monkeypatch.setattr(broken.engine.runner, "execute", None)  # calling it raises
+            with pytest.raises(openai.APIError, match="engine has failed"):
+                list(chunks)
+
+
 def test_bodies_that_langchain_sends(served: Served) -> None:
     """ChatOpenAI names max_completion_tokens alone, and sends nulls."""
     body = {"messages": CHAT, "model": "tiny", "max_completion_tokens": 8, "temperature": 0.0}

@@ -27,6 +27,20 @@ def test_bos_is_added() -> None:
     assert TOKENIZER.decode(TOKENIZER.encode("hi there")) == "hi there"
 
 
+def test_a_spelt_bos_is_the_only_one() -> None:
+    assert TOKENIZER.encode("<bos>hi") == TOKENIZER.encode("hi")
+    assert TOKENIZER.encode("<bos>hi", add_special_tokens=False) == TOKENIZER.encode("hi")
+    assert TOKENIZER.encode("<bos>") == TOKENIZER.encode("") == [0]
+    assert TOKENIZER.encode("hi<bos>")[-1] == 0
+
+
+@given(st.text(max_size=20))
+@settings(deadline=None)
+def test_bytes_of_tokens_join(text: str) -> None:
+    ids = TOKENIZER.encode(text, add_special_tokens=False)
+    assert b"".join(map(TOKENIZER.token_bytes, ids)) == text.encode()
+
+
 @given(st.text(max_size=40))
 @settings(deadline=None)
 def test_text_comes_back(text: str) -> None:
@@ -95,6 +109,11 @@ def byte_fallback_tokenizer(folder: Path) -> Tokenizer:
 def test_byte_fallback(prompt: list[int], output: list[int], want: str, tmp_path: Path) -> None:
     stream = byte_fallback_tokenizer(tmp_path).stream(prompt)
     assert "".join(map(stream.push, output)) + stream.flush() == want
+
+
+def test_bytes_of_byte_fallback_tokens(tmp_path: Path) -> None:
+    tokenizer = byte_fallback_tokenizer(tmp_path)
+    assert b"".join(map(tokenizer.token_bytes, [241, 160, 143, 138, 303])) == "\U0001f389a".encode()
 
 
 def test_lone_surrogate() -> None:
