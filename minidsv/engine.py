@@ -118,6 +118,8 @@ class Engine:
         sampled = [chunk.request for chunk in chunks if chunk.samples]
         for request, token in zip(sampled, result.token_ids, strict=True):
             request.output_token_ids.append(token)
+        for request, selection in result.indexer_topk.items():
+            request.indexer_topk.append(selection)
         return [
             self._output(request, logprobs)
             for request, logprobs in zip(sampled, result.logprobs, strict=True)

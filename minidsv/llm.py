@@ -9,7 +9,7 @@ from torch import Tensor
 from minidsv.engine import Engine, StepOutput
 from minidsv.engine_config import EngineConfig
 from minidsv.errors import ConfigError, RequestError
-from minidsv.request import LogprobDict, Request, SamplingParams
+from minidsv.request import IndexerTopk, LogprobDict, Request, SamplingParams
 
 Prompts = str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]]
 
@@ -24,6 +24,7 @@ class CompletionOutput:
     logprobs: list[LogprobDict] | None
     finish_reason: str | None  # "stop", "length" or "abort"
     stop_reason: str | int | None  # the stop string or stop token that ended it
+    indexer_topk: list[IndexerTopk] | None = None  # one a token, with return_indexer_topk
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class RequestOutput:
             logprobs=None if request.params.logprobs is None else request.logprobs,
             finish_reason=request.finish_reason,
             stop_reason=request.stop_reason,
+            indexer_topk=request.indexer_topk if request.params.return_indexer_topk else None,
         )
         prompt_logprobs = (
             None if request.params.prompt_logprobs is None else request.prompt_logprobs

@@ -4,7 +4,7 @@ import enum
 import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from minidsv.errors import RequestError
 
@@ -32,6 +32,8 @@ class SamplingParams:
     logprobs        report this many best tokens at each output position, plus the sampled one
                     (None: nothing)
     prompt_logprobs the same for each prompt position but the first
+    return_indexer_topk  report which positions the indexer selected for each output token (see
+                    IndexerTopk)
     """
 
     max_tokens: int | None = 16
@@ -45,6 +47,7 @@ class SamplingParams:
     min_tokens: int = 0
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    return_indexer_topk: bool = False
 
     def __post_init__(self) -> None:
         _check_int("max_tokens", self.max_tokens, 1, optional=True)
@@ -57,8 +60,9 @@ class SamplingParams:
         _check_number("top_p", self.top_p, 0.0, 1.0)
         if self.top_p == 0:
             raise RequestError("top_p", "0 keeps no token; accepted: above 0, up to 1")
-        if not isinstance(self.ignore_eos, bool):
-            raise RequestError("ignore_eos", f"{self.ignore_eos!r} is not true or false")
+        for name in ("ignore_eos", "return_indexer_topk"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(name, f"{getattr(self, name)!r} is not true or false")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(
                 "min_tokens", f"{self.min_tokens} is more than max_tokens {self.max_tokens}"
@@ -127,6 +131,18 @@ class Logprob:
 LogprobDict = dict[int, Logprob]
 
 
+@dataclass(frozen=True)
+class IndexerTopk:
+    """What the query that an output token was drawn from attended to.
+
+    layers: "all" if it saw at most index_topk keys; else for each layer the selected positions,
+    ascending, or the number of the earlier layer whose selection it shares.
+    """
+
+    num_keys: int  # keys that the query saw: positions 0 to num_keys - 1
+    layers: list[list[int] | int] | Literal["all"]
+
+
 @dataclass(eq=False)
 class Request:
     """One prompt on its way through the engine."""
@@ -145,6 +161,7 @@ class Request:
     text: str = ""
     logprobs: list[LogprobDict] = field(default_factory=list)
     prompt_logprobs: list[LogprobDict | None] = field(default_factory=lambda: [None])
+    indexer_topk: list[IndexerTopk] = field(default_factory=list)
     finish_reason: str | None = None  # "stop", "length" or "abort"
     stop_reason: str | int | None = None  # the stop string or stop token that matched
 

@@ -1,7 +1,7 @@
 """ModelRunner: the model and its caches; turns scheduled chunks into a StepBatch and runs it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,9 +15,11 @@ from minidsv.errors import ConfigError
 from minidsv.kernels.constants import PAGE_SIZE
 from minidsv.kv_cache import KVCache, bytes_per_token
 from minidsv.model import DeepseekV32
+from minidsv.request import IndexerTopk, Request
 from minidsv.resolve import free_memory
 from minidsv.sampler import SamplingBatch, sample
 from minidsv.scheduler import Chunk
+from minidsv.selections import read_selections, selection_recorder
 
 CACHE_SHARE = 0.25  # of the free memory, the most that a page pool of default size takes
 
@@ -29,6 +31,7 @@ class StepResult:
     token_ids: list[int]  # one a sampling chunk, in their order
     logprobs: list["RowLogprobs | None"]  # the same rows
     prompt_logprobs: list[list["RowLogprobs"]]  # one list a chunk
+    indexer_topk: dict[Request, IndexerTopk] = field(default_factory=dict)  # of those who asked
 
 
 @dataclass
@@ -94,7 +97,9 @@ class ModelRunner:
     def execute(self, chunks: Sequence[Chunk]) -> StepResult:
         """Compute the chunks, choose a token for each that samples, bring it to the host."""
         rows = _LogitRows.of(chunks)
-        _, logits = self.model.forward(self.prepare(chunks, rows.tokens))
+        step = self.prepare(chunks, rows.tokens)
+        step.selections = selection_recorder(chunks, self.model_config, self.device)
+        _, logits = self.model.forward(step)
         requests = [chunk.request for chunk in chunks if chunk.samples]
         sampled = logits[rows.sampling]
         batch = SamplingBatch.of(
@@ -108,7 +113,8 @@ class ModelRunner:
         prompt = [
             self._prompt_logprobs(chunk, logits, rows.prompt[i]) for i, chunk in enumerate(chunks)
         ]
-        return StepResult(ids.tolist(), logprobs, prompt)
+        selections = read_selections(chunks, step.selections, self.model_config)
+        return StepResult(ids.tolist(), logprobs, prompt, selections)
 
     def prepare(self, chunks: Sequence[Chunk], logits_index: list[int]) -> StepBatch:
         """Build the step's metadata on the host, then copy it."""
