@@ -18,8 +18,9 @@ from minidsv import __version__
 from minidsv.engine import Engine
 from minidsv.errors import RequestError
 from minidsv.request import Request as EngineRequest
+from minidsv.server import page
 from minidsv.server.engine_loop import EngineFailed, EngineLoop
-from minidsv.server.protocol import GenerateRequest, error_body, generate_response
+from minidsv.server.protocol import GenerateRequest, error_body, generate_response, indexer_topk
 
 GRACE_SECONDS = 20  # what runs at a SIGTERM or Ctrl-C may go on for so long
 
@@ -57,11 +58,12 @@ def create_app(engine: Engine) -> FastAPI:
         request = await _engine_request(engine, body)
         if not loop.healthy:
             return _engine_failed()
-        answers = _answers(loop, request)
+        answers = _answers(loop, request, all_selections=not body.stream)
         if body.stream:
             return StreamingResponse(_events(answers), media_type="text/event-stream")
         return await _last_or_disconnect(answers, http)
 
+    app.include_router(page.routes())
     return app
 
 
@@ -76,8 +78,10 @@ async def _engine_request(engine: Engine, body: GenerateRequest) -> EngineReques
         raise body.in_own_terms(error) from None
 
 
-async def _answers(loop: EngineLoop, request: EngineRequest) -> AsyncGenerator[dict[str, Any]]:
-    """Growing answers of one request, the last one finished."""
+async def _answers(
+    loop: EngineLoop, request: EngineRequest, all_selections: bool
+) -> AsyncGenerator[dict[str, Any]]:
+    """Growing answers of one request, the last one finished. Selections: all, or the new ones."""
     start = time.perf_counter()
     text, token_ids = "", list[int]()
     async with aclosing(loop.run(request)) as outputs:
@@ -85,7 +89,10 @@ async def _answers(loop: EngineLoop, request: EngineRequest) -> AsyncGenerator[d
             text += output.text
             token_ids += output.token_ids
             seconds = time.perf_counter() - start
-            yield generate_response(request, text, token_ids, output.finished, seconds)
+            answer = generate_response(request, text, token_ids, output.finished, seconds)
+            new = len(token_ids) if all_selections else len(output.token_ids)
+            answer["meta_info"] |= indexer_topk(request, len(token_ids) - new, len(token_ids))
+            yield answer
 
 
 async def _events(answers: AsyncGenerator[dict[str, Any]]) -> AsyncIterator[bytes]:

@@ -6,6 +6,7 @@ nothing; a name that nobody documents is ignored and logged at debug.
 
 import logging
 import reprlib
+from dataclasses import replace
 from typing import Annotated, Any
 
 from pydantic import (
@@ -126,6 +127,7 @@ class GenerateRequest(BaseModel):
     input_ids: list[Integer] | None = None
     sampling_params: GenerateSampling | None = None
     stream: StrictBool | None = None
+    return_indexer_topk: StrictBool | None = None  # ours, not SGLang's
     rid: Text | None = None
 
     def prompt(self) -> str | list[int]:
@@ -139,7 +141,8 @@ class GenerateRequest(BaseModel):
         return given[0]
 
     def to_params(self) -> SamplingParams:
-        return (self.sampling_params or GenerateSampling()).to_params()
+        params = (self.sampling_params or GenerateSampling()).to_params()
+        return replace(params, return_indexer_topk=bool(self.return_indexer_topk))
 
     def in_own_terms(self, error: RequestError) -> RequestError:
         """The engine's refusal, with the names of this body in place of those of SamplingParams."""
@@ -191,6 +194,14 @@ def generate_response(
             "e2e_latency": round(seconds, 6),
         },
     }
+
+
+def indexer_topk(request: Request, first: int, end: int) -> dict[str, Any]:
+    """The field of meta_info with the selections of output tokens [first, end), if asked for."""
+    if not request.params.return_indexer_topk:
+        return {}
+    chosen = request.indexer_topk[first:end]
+    return {"indexer_topk": [{"num_keys": s.num_keys, "layers": s.layers} for s in chosen]}
 
 
 def _finish_reason(request: Request) -> dict[str, Any]:

@@ -1,0 +1,122 @@
+/** The generated tokens as text that can be pointed at, and the details of one of them. */
+
+export class Output {
+  #box;
+  #details;
+  #onShow;
+  #shown = -1; // index of the token whose details are on show
+  #pinned = false; // by a click or the keyboard; otherwise the newest token is shown
+  #frame = 0; // the request to show the newest token, if one is under way
+  tokens = [];
+  length = 0; // of the text
+
+  /** onShow(token, index) is told which token is shown. */
+  constructor(box, details, onShow) {
+    this.#box = box;
+    this.#details = details;
+    this.#onShow = onShow;
+    box.addEventListener("mouseover", (event) => this.#point(event.target));
+    box.addEventListener("focusin", (event) => this.#pin(event.target));
+    box.addEventListener("keydown", (event) => this.#move(event));
+  }
+
+  clear() {
+    cancelAnimationFrame(this.#frame);
+    this.tokens = [];
+    this.length = this.#frame = 0;
+    this.#shown = -1;
+    this.#pinned = false;
+    this.#box.replaceChildren();
+    this.#details.hidden = true;
+  }
+
+  /** Append {text, id, logprob?, top?, selection?}; top is [[logprob, id, text], ...]. */
+  push(token) {
+    const span = document.createElement("span");
+    span.className = "token";
+    span.role = "option";
+    span.tabIndex = this.tokens.length ? -1 : 0;
+    span.textContent = token.text;
+    span.ariaSelected = "false";
+    if (!token.text) span.ariaLabel = token.name ?? `token ${token.id}`;
+    if (token.logprob !== undefined) span.style.setProperty("--p", Math.exp(token.logprob));
+    this.tokens.push(token);
+    this.length += token.text.length;
+    const atEnd = this.#box.scrollHeight - this.#box.scrollTop - this.#box.clientHeight < 40;
+    this.#box.append(span);
+    if (atEnd) this.#box.scrollTop = this.#box.scrollHeight;
+    this.#frame ||= requestAnimationFrame(() => this.flush()); // once, however many tokens come
+  }
+
+  /** Show the newest token now, if nobody chose another. */
+  flush() {
+    cancelAnimationFrame(this.#frame);
+    this.#frame = 0;
+    if (!this.#pinned && this.tokens.length) this.#show(this.tokens.length - 1);
+  }
+
+  #point(target) {
+    if (target.className === "token") this.#show([...this.#box.children].indexOf(target));
+  }
+
+  #pin(target) {
+    this.#pinned = true;
+    this.#point(target);
+  }
+
+  #move(event) {
+    const last = this.tokens.length - 1;
+    const to = { ArrowLeft: this.#shown - 1, ArrowRight: this.#shown + 1, Home: 0, End: last };
+    if (!(event.key in to)) return;
+    event.preventDefault();
+    this.#box.children[Math.min(Math.max(to[event.key], 0), last)]?.focus();
+  }
+
+  #show(index) {
+    const before = this.#box.children[this.#shown];
+    if (before) [before.ariaSelected, before.tabIndex] = ["false", -1];
+    this.#shown = index;
+    const span = this.#box.children[index];
+    [span.ariaSelected, span.tabIndex] = ["true", 0];
+    this.#describe(this.tokens[index], index);
+    this.#onShow(this.tokens[index], index);
+  }
+
+  #describe(token, index) {
+    const [title, list] = this.#details.children;
+    title.textContent = `Token ${index + 1}: ${quoted(token.name ?? token.text)}, id ${token.id}`;
+    this.#details.hidden = false;
+    if (token.logprob === undefined) {
+      list.replaceChildren();
+      return;
+    }
+    const own = [token.logprob, token.id, token.name];
+    const best = token.top ?? [];
+    const entries = best.some(([, id]) => id === token.id) ? best : [...best, own];
+    list.replaceChildren(...entries.map((entry) => alternative(entry, entry[1] === token.id)));
+  }
+}
+
+function alternative([logprob, id, name], taken) {
+  const item = document.createElement("li");
+  if (taken) item.ariaCurrent = "true";
+  const [text, bar, share] = ["text", "bar", "share"].map((part) => {
+    const span = document.createElement("span");
+    span.className = part;
+    return span;
+  });
+  text.textContent = quoted(name ?? `id ${id}`);
+  bar.style.width = `${100 * Math.exp(logprob)}%`;
+  share.textContent = percent(Math.exp(logprob));
+  item.append(text, bar, share);
+  return item;
+}
+
+/** Text with its spaces and line ends made visible. */
+export function quoted(text) {
+  return JSON.stringify(text);
+}
+
+function percent(share) {
+  return `${(100 * share).toFixed(share < 0.0995 ? 2 : 1)} %`;
+}

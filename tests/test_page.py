@@ -1,0 +1,316 @@
+"""The page at `/`: its files and headers, and what a person sees of it in headless Chromium."""
+
+import re
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+
+from minidsv.engine import Engine
+from minidsv.engine_config import EngineConfig
+from minidsv.server import page
+from minidsv.server.app import create_app
+from minidsv.server.protocol import GenerateRequest
+
+FILES = sorted(page.STATIC.iterdir())
+FACT = "Question: What is the capital of France?\nAnswer:"
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
+needs_logprobs = pytest.mark.skipif(
+    "return_logprob" not in GenerateRequest.model_fields, reason="POST /generate has no logprobs"
+)
+
+
+@pytest.fixture(scope="module")
+def client() -> TestClient:
+    app = FastAPI()
+    app.include_router(page.routes())
+    return TestClient(app)
+
+
+@pytest.mark.parametrize("path", sorted(page.PATHS))
+def test_file(path: str, client: TestClient) -> None:
+    """Served with its type, headers that keep it alone, and an ETag that saves a second copy."""
+    response = client.get(path)
+    file = page.STATIC / (path.removeprefix("/static/").strip("/") or "index.html")
+    assert (response.status_code, response.content) == (200, file.read_bytes())
+    kind = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg"}
+    assert response.headers["content-type"].startswith(kind[file.suffix])
+    assert "default-src 'none'" in response.headers["content-security-policy"]
+    assert not re.search(r"http|\*|unsafe", response.headers["content-security-policy"])
+    assert response.headers["cache-control"] == "no-cache"
+    again = client.get(path, headers={"If-None-Match": response.headers["etag"]})
+    assert (again.status_code, again.content) == (304, b"")
+    assert client.head(path).headers["content-length"] == str(file.stat().st_size)
+
+
+@pytest.mark.parametrize("path", ["/static/", "/static/none.js", "/static/..%2fapp.py", "/page.js"])
+def test_no_other_file(path: str, client: TestClient) -> None:
+    assert client.get(path).status_code == 404
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.name)
+def test_files_name_nothing_outside(file: Path) -> None:
+    """No address but SVG's namespace, no inline script or style; every file named is there."""
+    text = file.read_text().replace("http://www.w3.org/2000/svg", "")
+    assert not re.search(r"(https?:)?//[\w-]+\.\w", text)
+    assert not re.search(r"<style|<script(?! type=\"module\" src=)|\son\w+=|\sstyle=", text)
+    named = re.findall(r"static/([\w.]+)|from \"\./([\w.]+)\"", text)
+    assert {a or b for a, b in named} <= {f.name for f in FILES}
+
+
+@contextmanager
+def serving(**options: Any) -> Iterator[tuple[str, Engine]]:
+    """The server's address, and its engine."""
+    engine = Engine(EngineConfig(device="cpu", num_pages=64, **options))
+    server = uvicorn.Server(uvicorn.Config(create_app(engine), log_level="error"))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            yield "http://127.0.0.1:%d" % listener.getsockname()[1], engine  # noqa: UP031
+        finally:
+            server.should_exit = True
+            thread.join(20)
+
+
+@pytest.fixture(scope="module")
+def bundled() -> Iterator[tuple[str, Engine]]:
+    with serving() as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    reason = "needs playwright: the extra `browser`"
+    playwright = pytest.importorskip("playwright.sync_api", reason=reason)
+    path = next(filter(None, map(shutil.which, CHROMIUM)), None)
+    if path is None:
+        pytest.skip(f"needs one of {', '.join(CHROMIUM)} on the PATH")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=path)
+        yield browser
+        browser.close()
+
+
+@contextmanager
+def opened(chromium: Any, url: str, *expected: str) -> Iterator[Any]:
+    """The page in a new browser context; at the end the console has no errors but the `expected`,
+    and no request went elsewhere.
+    """
+    context = chromium.new_context(viewport={"width": 1280, "height": 1000})
+    context.set_default_timeout(15_000)
+    view, problems = context.new_page(), list[str]()
+    view.on("console", lambda m: m.type == "error" and problems.append(m.text))
+    view.on("pageerror", lambda error: problems.append(str(error)))
+    view.on("request", lambda r: r.url.startswith(url + "/") or problems.append(r.url))
+    view.goto(url)
+    try:
+        yield view
+        assert len(problems) == len(expected), problems
+        assert all(words in text for words, text in zip(expected, problems, strict=True))
+    finally:
+        context.close()
+
+
+@pytest.fixture
+def view(chromium: Any, bundled: tuple[str, Engine]) -> Iterator[Any]:
+    with opened(chromium, bundled[0]) as opened_page:
+        yield opened_page
+
+
+def generate(view: Any, **fields: Any) -> None:
+    """Fill in the form, press the button and wait for the end."""
+    for name, value in fields.items():
+        view.fill(f"[name={name}], #{name}", str(value))
+    view.click("#run")
+    view.locator("#run:enabled").wait_for()
+
+
+def answer(url: str, text: str, **fields: Any) -> dict[str, Any]:
+    sampling = {"temperature": 0, "max_new_tokens": 64}
+    body = {"text": text, "sampling_params": sampling, **fields}
+    return httpx.post(f"{url}/generate", json=body, timeout=20).json()
+
+
+def wait_until(condition: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.005)
+
+
+@pytest.mark.browser
+def test_an_answer_appears(view: Any, bundled: tuple[str, Engine]) -> None:
+    want = answer(bundled[0], FACT)
+    generate(view, prompt=FACT)
+    assert view.text_content("#output") == want["text"] == " Paris"
+    assert view.locator("#output .token").count() == want["meta_info"]["completion_tokens"]
+    assert re.fullmatch(r"\d+ ms", view.text_content("#ttft"))
+    assert float(view.text_content("#rate")) > 0
+    assert view.text_content("#status") == "ended: stop"
+    last = want["meta_info"]["prompt_tokens"] + want["meta_info"]["completion_tokens"] - 1
+    assert f"all {last} positions" in view.text_content("#summary")
+
+
+@pytest.mark.browser
+def test_it_streams_until_it_is_stopped(view: Any, bundled: tuple[str, Engine]) -> None:
+    """Text grows while the engine works; the button ends both."""
+    engine = bundled[1]
+    view.fill("#prompt", FACT)
+    view.fill("[name=max_new_tokens]", "4000")
+    view.check("[name=ignore_eos]")
+    view.click("#run")
+    for count in (5, 20):
+        view.locator("#output .token").nth(count).wait_for(state="attached")
+        assert engine.scheduler.running
+        assert view.is_disabled("#run")
+    view.click("#abort")
+    wait_until(lambda: not engine.has_work)
+    assert engine.block_manager.num_free == engine.block_manager.num_pages
+    assert view.text_content("#status") == "stopped"
+    assert view.is_enabled("#run")
+    assert 20 < int(view.text_content("#count")) < 4000
+
+
+@pytest.mark.browser
+def test_a_refusal_is_shown_in_its_words(chromium: Any, bundled: tuple[str, Engine]) -> None:
+    with opened(chromium, bundled[0], "status of 400") as view:
+        generate(view, max_new_tokens=10**6)
+        assert "max_new_tokens" in view.text_content("#status")
+        assert "error" in view.get_attribute("#status", "class")
+
+
+@pytest.mark.browser
+@needs_logprobs
+def test_hover_shows_probabilities(view: Any, bundled: tuple[str, Engine]) -> None:
+    asked = {"return_logprob": True, "top_logprobs_num": 5}
+    info = answer(bundled[0], FACT, **asked)["meta_info"]
+    generate(view, prompt=FACT)
+    for index, tops in enumerate(info["output_top_logprobs"]):
+        view.locator("#output .token").nth(index).hover()
+        assert f"id {info['output_token_logprobs'][index][1]}" in view.text_content("#token-title")
+        shown = view.locator("#alternatives .share").all_text_contents()
+        assert len(shown) == len(tops) == 5
+        for text, (logprob, *_) in zip(shown, tops, strict=True):
+            assert float(text.removesuffix(" %")) == pytest.approx(
+                100 * 2.718281828**logprob, abs=0.051
+            )
+    assert view.locator("#alternatives [aria-current]").count() == 1
+
+
+LIT = """(columns) => {
+  const canvas = document.getElementById("strip"), box = canvas.getBoundingClientRect();
+  const pixels = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
+  const color = (x, y) => {
+    const scale = canvas.width / box.width;
+    const at = 4 * (Math.floor(y * scale) * canvas.width + Math.floor(x * scale));
+    return pixels.slice(at, at + 4).join();
+  };
+  return [...document.getElementById("layers").children].map((label) => {
+    const row = label.getBoundingClientRect(), y = row.y - box.y + row.height / 2;
+    return [...Array(columns).keys()].map((i) => color((i + 0.5) * box.width / columns, y));
+  });
+}"""
+
+
+def lit(view: Any, columns: int) -> list[list[int]]:
+    """Per row of the strip, the columns whose middle has not the colour of the last column's: the
+    newest token, whose key no query has seen yet.
+    """
+    rows = view.evaluate(LIT, columns)
+    return [[i for i, color in enumerate(row) if color != row[-1]] for row in rows]
+
+
+@pytest.mark.browser
+def test_the_strip_shows_what_the_api_says(view: Any, bundled: tuple[str, Engine]) -> None:
+    """The ready example: every cell of every layer, and the record that holds the answer."""
+    prompt = view.input_value("#prompt")
+    view.click("[data-example=fact]")
+    view.click("[data-example=retrieval]")
+    assert view.input_value("#prompt") == prompt
+    want = answer(bundled[0], prompt, return_indexer_topk=True)
+    generate(view)
+    assert view.text_content("#output") == want["text"] == " lamp"
+    columns = want["meta_info"]["prompt_tokens"] + want["meta_info"]["completion_tokens"]
+    for index, selection in enumerate(want["meta_info"]["indexer_topk"]):
+        view.locator("#output .token").nth(index).hover()
+        assert f"64 of {selection['num_keys']}" in view.text_content("#summary")
+        assert lit(view, columns) == selection["layers"]
+    encode = bundled[1].tokenizer.encode
+    record = range(len(encode(prompt.split("Cara")[0])), len(encode(prompt.split("\n* Dan")[0])))
+    view.locator("#output .token").nth(0).hover()
+    chosen = [layer for layer in lit(view, columns) if set(layer) & set(record)]
+    assert len(chosen) >= 2, "two layers at least select in the record ` Cara = lamp`"
+
+
+@pytest.mark.browser
+def test_cells_tell_where_they_are(view: Any) -> None:
+    """By mouse and by keyboard."""
+    generate(view)
+    box = view.locator("#strip").bounding_box()
+    view.mouse.move(box["x"] + 1, box["y"] + box["height"] - 3)
+    assert re.match(r"position 0\b.* layer 4: (not )?selected", view.text_content("#cell"))
+    view.focus("#strip")
+    for key in ("ArrowUp", "ArrowRight", "ArrowRight"):
+        view.keyboard.press(key)
+    assert re.match(r"position 2\b.* layer 3: (not )?selected", view.text_content("#cell"))
+
+
+@pytest.mark.browser
+def test_arrow_keys_move_between_tokens(view: Any) -> None:
+    generate(view)
+    view.focus("#output .token[tabindex='0']")
+    for key, number in (("Home", 1), ("ArrowRight", 2), ("ArrowRight", 2), ("ArrowLeft", 1)):
+        view.keyboard.press(key)
+        assert view.text_content("#token-title").startswith(f"Token {number}:")
+        assert view.text_content("#summary").startswith(f"Token {number}:")
+
+
+@pytest.mark.browser
+def test_shared_layers_are_marked(chromium: Any, checkpoints: dict[str, Path]) -> None:
+    with serving(model=str(checkpoints["glm"])) as (url, engine), opened(chromium, url) as view:
+        generate(view, prompt="@#$%^&" * 12, max_new_tokens=2)
+        types = engine.model_config.indexer_types
+        full = max(i for i, kind in enumerate(types) if kind == "full")
+        assert view.locator("#layers .shared").count() == types.count("shared") > 0
+        shared = view.locator("#layers .shared").all_text_contents()
+        assert f"layer {full + 1} = {full}" in shared
+        assert f"{len(shared)} of them share" in view.text_content("#summary")
+
+
+@pytest.mark.browser
+def test_a_key_is_sent_and_kept_nowhere(view: Any) -> None:
+    seen: dict[str, str | None] = {}
+    view.on("request", lambda r: seen.update({r.url: r.headers.get("authorization")}))
+    view.fill("#key", "secret")
+    view.press("#key", "Tab")
+    generate(view, prompt=FACT)
+    assert {key for url, key in seen.items() if "/static/" not in url} == {"Bearer secret"}
+    kept = "JSON.stringify([{...localStorage}, {...sessionStorage}, document.cookie])"
+    assert view.evaluate(kept) == '[{},{},""]'
+    view.reload()
+    assert view.input_value("#key") == ""
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [360, 1280])
+def test_every_field_has_a_label_and_nothing_sticks_out(scheme: str, width: int, view: Any) -> None:
+    view.emulate_media(color_scheme=scheme)
+    view.set_viewport_size({"width": width, "height": 800})
+    generate(view)
+    nameless = "[...document.querySelectorAll('input, textarea, meter')].filter(e => !e.labels[0])"
+    assert view.evaluate(f"{nameless}.map((e) => e.id)") == []
+    assert view.evaluate("document.documentElement.scrollWidth") <= width
+    background = view.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert background == {"light": "rgb(255, 255, 255)", "dark": "rgb(18, 22, 28)"}[scheme]
