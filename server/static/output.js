@@ -5,7 +5,7 @@ export class Output {
   #details;
   #onShow;
   #shown = -1; // index of the token whose details are on show
-  #pinned = false; // by a click or the keyboard; otherwise the newest token is shown
+  #held = false; // by the mouse or the keyboard; otherwise the newest token is shown
   #frame = 0; // the request to show the newest token, if one is under way
   tokens = [];
   length = 0; // of the text
@@ -15,8 +15,12 @@ export class Output {
     this.#box = box;
     this.#details = details;
     this.#onShow = onShow;
-    box.addEventListener("mouseover", (event) => this.#point(event.target));
-    box.addEventListener("focusin", (event) => this.#pin(event.target));
+    for (const kind of ["mouseover", "focusin"]) {
+      box.addEventListener(kind, (event) => this.#point(event.target));
+    }
+    for (const kind of ["mouseleave", "focusout"]) {
+      box.addEventListener(kind, () => (this.#held = false));
+    }
     box.addEventListener("keydown", (event) => this.#move(event));
   }
 
@@ -25,7 +29,7 @@ export class Output {
     this.tokens = [];
     this.length = this.#frame = 0;
     this.#shown = -1;
-    this.#pinned = false;
+    this.#held = false;
     this.#box.replaceChildren();
     this.#details.hidden = true;
   }
@@ -52,16 +56,13 @@ export class Output {
   flush() {
     cancelAnimationFrame(this.#frame);
     this.#frame = 0;
-    if (!this.#pinned && this.tokens.length) this.#show(this.tokens.length - 1);
+    if (!this.#held && this.tokens.length) this.#show(this.tokens.length - 1);
   }
 
   #point(target) {
-    if (target.className === "token") this.#show([...this.#box.children].indexOf(target));
-  }
-
-  #pin(target) {
-    this.#pinned = true;
-    this.#point(target);
+    if (target.className !== "token") return;
+    this.#held = true;
+    this.#show([...this.#box.children].indexOf(target));
   }
 
   #move(event) {

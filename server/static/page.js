@@ -125,7 +125,6 @@ function showSelection({ selection }, index) {
         (shared ? `; ${shared} of them share the choice of an earlier layer.` : ".");
   strip.show(selection, promptLength + output.tokens.length, promptLength);
   shade(rows);
-  showMark();
 }
 
 function shade(rows) {
@@ -149,6 +148,7 @@ function showContext() {
     }),
   );
   $("reading").hidden = !shown.length;
+  showMark();
 }
 
 /** What the strip's cursor is on. */
