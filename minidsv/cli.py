@@ -6,7 +6,7 @@ import io
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import Field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,6 +16,7 @@ from minidsv import __version__
 from minidsv.engine_config import EngineConfig
 from minidsv.errors import MinidsvError, RequestError
 from minidsv.request import SamplingParams
+from minidsv.server.options import ServerOptions
 
 if TYPE_CHECKING:
     from minidsv.engine import Engine, StepOutput
@@ -30,30 +31,44 @@ app = typer.Typer(
 )
 
 
-def engine_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give `command` an option for each field of EngineConfig; it gets them as `engine`."""
-    options = fields(EngineConfig)
+def options_of(
+    options_class: type, argument: str
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command an option for each field of a dataclass; it gets them as dict `argument`."""
+    options = fields(options_class)
 
-    @functools.wraps(command)
-    def wrapper(**arguments: Any) -> None:
-        command(engine={o.name: arguments.pop(o.name) for o in options}, **arguments)
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def wrapper(**arguments: Any) -> None:
+            command(**{argument: {o.name: arguments.pop(o.name) for o in options}}, **arguments)
 
-    signature = inspect.signature(command)
-    parameters = [p for p in signature.parameters.values() if p.name != "engine"]
-    for option in options:
-        choices = option.metadata["choices"]
-        kind = Literal[choices] if choices else option.type
-        parameters.append(
-            inspect.Parameter(
-                option.name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=option.default,
-                annotation=Annotated[kind, typer.Option(help=option.metadata["help"])],
-            )
-        )
-    wrapper.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
-    return wrapper
+        signature = inspect.signature(command)
+        parameters = [p for p in signature.parameters.values() if p.name != argument]
+        parameters += [_parameter(option) for option in options]
+        wrapper.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
+        return wrapper
+
+    return decorate
+
+
+def _parameter(option: "Field[Any]") -> inspect.Parameter:
+    """A dataclass's field as the parameter from which typer makes an option."""
+    choices, default = option.metadata["choices"], option.default
+    flags = [f"--{option.name.replace('_', '-')}"] if option.type is bool else []
+    kind: Any = Literal[choices] if choices else option.type
+    if kind == tuple[str, ...]:
+        kind = list[str]
+    return inspect.Parameter(
+        option.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=default,
+        annotation=Annotated[kind, typer.Option(*flags, help=option.metadata["help"])],
+    )
+
+
+engine_options = options_of(EngineConfig, "engine")
+server_options = options_of(ServerOptions, "server")
 
 
 @app.command()
@@ -62,7 +77,7 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="the prompt; - reads standard input")],
     *,
     engine: dict[str, Any],
-    max_tokens: Annotated[int, typer.Option(help="most tokens to generate")] = 64,
+    max_tokens: Annotated[int, typer.Option(min=1, help="most tokens to generate")] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
     top_p: Annotated[float, typer.Option(help="keep the smallest set with this probability")] = 1.0,
     top_k: Annotated[int, typer.Option(help="keep this many tokens; 0: all")] = 0,
@@ -83,7 +98,8 @@ def generate(
     from minidsv.llm import LLM
 
     llm = LLM(**engine)
-    _start(llm.engine)
+    print(f"[{llm.engine.runner.describe()}]", file=sys.stderr)
+    _limit_threads(llm.engine)
     times = [time.perf_counter()]
 
     def on_output(output: "StepOutput") -> None:
@@ -102,15 +118,14 @@ def generate(
     )
 
 
-def _start(engine: "Engine") -> None:
-    """Say what was loaded; give a small model on CPU one thread.
+def _limit_threads(engine: "Engine") -> None:
+    """Give a small model on CPU one thread.
 
     A second one brings it nothing, and spins for a core where another process has it: 3 tokens/s
     in place of 60 (docs/LOG.md).
     """
     import torch
 
-    print(f"[{engine.runner.describe()}]", file=sys.stderr)
     if engine.config.device == "cpu" and engine.runner.weight_bytes < SMALL_MODEL_BYTES:
         torch.set_num_threads(1)
 
@@ -124,19 +139,19 @@ def _standard_input() -> str:
 
 @app.command()
 @engine_options
-def serve(
-    *,
-    engine: dict[str, Any],
-    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="port to listen on")] = 8000,
-) -> None:
-    """Serve POST /generate and GET /health over HTTP."""
+@server_options
+def serve(*, engine: dict[str, Any], server: dict[str, Any]) -> None:
+    """Serve the model over HTTP: /generate, /v1/completions, /health, /metrics and more."""
+    config, options = EngineConfig(**engine), ServerOptions(**server)
     from minidsv.engine import Engine
-    from minidsv.server.app import run
+    from minidsv.server.process import serve as serve_until_signal
 
-    loaded = Engine(EngineConfig(**engine))
-    _start(loaded)
-    run(loaded, host, port)
+    def load() -> Engine:
+        loaded = Engine(config)
+        _limit_threads(loaded)
+        return loaded
+
+    raise typer.Exit(serve_until_signal(load, options))
 
 
 @app.command("inspect")

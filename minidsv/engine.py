@@ -1,7 +1,6 @@
 """Engine: requests in, tokens and text out, a step at a time. One thread owns it."""
 
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 
 import torch
@@ -12,12 +11,13 @@ from minidsv.checkpoint import Weight, fill, load_checkpoint
 from minidsv.config import ModelConfig
 from minidsv.engine_config import EngineConfig, model_path, tokenizer_folder
 from minidsv.errors import ConfigError, RequestError
-from minidsv.kernels.constants import PAGE_SIZE
+from minidsv.intake import Intake
+from minidsv.logprobs import RowLogprobs
 from minidsv.output_text import OutputText
 from minidsv.random_weights import random_tensors
-from minidsv.request import MAX_INT, Logprob, LogprobDict, Request, SamplingParams
+from minidsv.request import Logprob, LogprobDict, Request, SamplingParams
 from minidsv.resolve import resolve
-from minidsv.runner import ModelRunner, RowLogprobs
+from minidsv.runner import ModelRunner
 from minidsv.scheduler import Chunk, Scheduler
 from minidsv.tokenizer import Tokenizer, eos_token_ids
 
@@ -63,13 +63,30 @@ class Engine:
         self.scheduler = Scheduler(
             self.block_manager, self.config.max_num_seqs, self.config.max_num_batched_tokens
         )
+        assert self.config.max_model_len is not None
+        self.intake = Intake(
+            self.model_config.vocab_size,
+            self.config.max_model_len,
+            self.runner.num_pages,
+            self.config.seed,
+        )
         self._texts: dict[Request, OutputText] = {}
-        self._ids = count()
         self._prefill_tokens = self._decode_tokens = 0
 
     @property
     def has_work(self) -> bool:
         return self.scheduler.has_work
+
+    def make_requests(
+        self,
+        token_ids: list[int],
+        params: SamplingParams,
+        prompt: str | None = None,
+        request_id: str | None = None,
+    ) -> list[Request]:
+        """Check a prompt and make its `params.n` requests; raises RequestError, with the numbers,
+        if they can never run."""
+        return self.intake.requests(token_ids, params, prompt, request_id)
 
     def make_request(
         self,
@@ -78,23 +95,13 @@ class Engine:
         prompt: str | None = None,
         request_id: str | None = None,
     ) -> Request:
-        """Check a prompt; raises RequestError, with the numbers, if it can never run."""
-        self._check_prompt(token_ids, room=1)
-        vocab = self.model_config.vocab_size
-        for name in ("logprobs", "prompt_logprobs"):
-            if (getattr(params, name) or 0) > vocab:
-                raise RequestError(
-                    name, f"{getattr(params, name)} is more than the vocabulary of {vocab}"
-                )
-        max_tokens = self._max_tokens(len(token_ids), params)
-        number = next(self._ids)
-        seed = params.seed if params.seed is not None else _derive_seed(self.config.seed, number)
-        return Request(
-            request_id or f"req-{number}", list(token_ids), params, seed, max_tokens, prompt
-        )
+        """`make_requests` for a single output."""
+        if params.n != 1:
+            raise RequestError("n", f"{params.n} outputs are not one request")
+        return self.make_requests(token_ids, params, prompt, request_id)[0]
 
     def add(self, request: Request) -> None:
-        """Queue a request made by `make_request`."""
+        """Queue a request made by `make_requests`."""
         self._texts[request] = OutputText(
             self.tokenizer.stream(request.prompt_token_ids), request.params.stop_strings
         )
@@ -106,7 +113,7 @@ class Engine:
             self._finish(request, "abort")
 
     def step(self) -> list[StepOutput]:
-        """Run one step; returns what it brought each request that got a token."""
+        """Run one step; returns what it brought each request that got a token or ended."""
         chunks = self.scheduler.schedule()
         if not chunks:
             return []
@@ -115,19 +122,20 @@ class Engine:
         self._count(chunks)
         for chunk, rows in zip(chunks, result.prompt_logprobs, strict=True):
             chunk.request.prompt_logprobs += [self._logprobs(row) for row in rows]
+        scored = [chunk.request for chunk in chunks if chunk.scores]
         sampled = [chunk.request for chunk in chunks if chunk.samples]
         for request, token in zip(sampled, result.token_ids, strict=True):
             request.output_token_ids.append(token)
         for request, selection in result.indexer_topk.items():
             request.indexer_topk.append(selection)
-        return [
+        return [self._scored(request) for request in scored] + [
             self._output(request, logprobs)
             for request, logprobs in zip(sampled, result.logprobs, strict=True)
         ]
 
     def prompt_logits(self, token_ids: list[int]) -> Tensor:
         """fp32 logits [len(token_ids), vocab]: one forward, in chunks of the token budget."""
-        self._check_prompt(token_ids, room=0)
+        self.intake.check_prompt(token_ids, room=0)
         request = Request("prompt_logits", token_ids, SamplingParams(), seed=0, max_tokens=0)
         if not self.block_manager.grow(request, len(token_ids)):
             free = self.block_manager.num_free
@@ -157,47 +165,16 @@ class Engine:
             preemptions=self.scheduler.num_preemptions,
         )
 
-    @property
-    def max_request_tokens(self) -> int:
-        """The longest prompt + output: the context, or what the whole pool holds."""
-        assert self.config.max_model_len is not None
-        return min(self.config.max_model_len, self.runner.num_pages * PAGE_SIZE)
-
     def _count(self, chunks: list[Chunk]) -> None:
         for chunk in chunks:
             decoding = chunk.num_tokens == 1 and chunk.start >= len(chunk.request.prompt_token_ids)
             self._decode_tokens += decoding
             self._prefill_tokens += 0 if decoding else chunk.num_tokens
 
-    def _check_prompt(self, token_ids: list[int], room: int) -> None:
-        """Raise RequestError unless these are token ids and leave `room` tokens for an output."""
-        vocab = self.model_config.vocab_size
-        if not token_ids:
-            raise RequestError("prompt", "is empty; at least one token is needed")
-        for token in token_ids:
-            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab:
-                raise RequestError("prompt", f"{token!r} is not a token id from 0 to {vocab - 1}")
-        if len(token_ids) + room > self.max_request_tokens:
-            raise RequestError("prompt", f"{len(token_ids)} tokens are too many; {self._limits()}")
-
-    def _max_tokens(self, num_prompt: int, params: SamplingParams) -> int:
-        """params.max_tokens, or what is left; refused if prompt + output can never fit."""
-        room = self.max_request_tokens - num_prompt
-        if params.max_tokens is not None and params.max_tokens > room:
-            total = num_prompt + params.max_tokens
-            raise RequestError(
-                "max_tokens",
-                f"{num_prompt} prompt tokens + {params.max_tokens} to generate are {total}, too "
-                f"many; {self._limits()}",
-            )
-        return room if params.max_tokens is None else params.max_tokens
-
-    def _limits(self) -> str:
-        pages = self.runner.num_pages
-        return (
-            f"max_model_len is {self.config.max_model_len}, and the cache's {pages} pages of "
-            f"{PAGE_SIZE} hold {pages * PAGE_SIZE}"
-        )
+    def _scored(self, request: Request) -> StepOutput:
+        """The whole prompt is computed, and that was all."""
+        self._finish(request, "length")
+        return StepOutput(request, "", [], finished=True)
 
     def _output(self, request: Request, logprobs: RowLogprobs | None) -> StepOutput:
         """Take in the request's newest token: logprobs, text, and whether it is the last."""
@@ -230,10 +207,6 @@ class Engine:
         token, value, rank = row.taken
         entries.setdefault(token, Logprob(value, rank, self.tokenizer.token_text(token)))
         return entries
-
-
-def _derive_seed(seed: int, number: int) -> int:
-    return ((seed + 1) * 0x9E3779B97F4A7C15 + number * 0xD1B54A32D192ED03) % (MAX_INT + 1)
 
 
 def _folder(config: EngineConfig) -> Path:

@@ -26,6 +26,18 @@ class CompletionOutput:
     stop_reason: str | int | None  # the stop string or stop token that ended it
     indexer_topk: list[IndexerTopk] | None = None  # one a token, with return_indexer_topk
 
+    @classmethod
+    def of(cls, request: Request) -> "CompletionOutput":
+        return cls(
+            index=request.index,
+            text=request.text,
+            token_ids=request.output_token_ids,
+            logprobs=None if request.params.logprobs is None else request.logprobs,
+            finish_reason=request.finish_reason,
+            stop_reason=request.stop_reason,
+            indexer_topk=request.indexer_topk if request.params.return_indexer_topk else None,
+        )
+
 
 @dataclass(frozen=True)
 class RequestOutput:
@@ -38,21 +50,17 @@ class RequestOutput:
     outputs: list[CompletionOutput]
 
     @classmethod
-    def of(cls, request: Request) -> "RequestOutput":
-        output = CompletionOutput(
-            index=0,
-            text=request.text,
-            token_ids=request.output_token_ids,
-            logprobs=None if request.params.logprobs is None else request.logprobs,
-            finish_reason=request.finish_reason,
-            stop_reason=request.stop_reason,
-            indexer_topk=request.indexer_topk if request.params.return_indexer_topk else None,
-        )
-        prompt_logprobs = (
-            None if request.params.prompt_logprobs is None else request.prompt_logprobs
-        )
+    def of(cls, requests: Sequence[Request]) -> "RequestOutput":
+        """`requests`: all that `Engine.make_requests` made of one prompt."""
+        first = requests[0]
         return cls(
-            request.request_id, request.prompt, request.prompt_token_ids, prompt_logprobs, [output]
+            request_id=first.request_id,
+            prompt=first.prompt,
+            prompt_token_ids=first.prompt_token_ids,
+            prompt_logprobs=(
+                None if first.params.prompt_logprobs is None else first.prompt_logprobs
+            ),
+            outputs=[CompletionOutput.of(request) for request in requests],
         )
 
 
@@ -90,7 +98,8 @@ class LLM:
         anything runs if any prompt cannot be served.
         """
         engine = self.engine
-        requests = self._requests(prompts, sampling_params)
+        groups = self._requests(prompts, sampling_params)
+        requests = [request for group in groups for request in group]
         try:
             for request in requests:
                 engine.add(request)
@@ -101,7 +110,7 @@ class LLM:
         finally:
             for request in requests:
                 engine.abort(request)
-        return [RequestOutput.of(request) for request in requests]
+        return [RequestOutput.of(group) for group in groups]
 
     def prompt_logits(self, token_ids: Sequence[int]) -> Tensor:
         """fp32 logits [len(token_ids), vocab] of one forward over the prompt."""
@@ -115,7 +124,8 @@ class LLM:
 
     def _requests(
         self, prompts: Prompts, params: SamplingParams | Sequence[SamplingParams] | None
-    ) -> list[Request]:
+    ) -> list[list[Request]]:
+        """One list a prompt, of its outputs' requests."""
         items = _as_list(prompts)
         if params is None or isinstance(params, SamplingParams):
             params = [params or SamplingParams()] * len(items)
@@ -126,12 +136,12 @@ class LLM:
         if len(params) != len(items):
             raise RequestError("sampling_params", f"{len(params)} given for {len(items)} prompts")
         engine = self.engine
-        requests = []
+        groups = []
         for prompt, one in zip(items, params, strict=True):
             text = prompt if isinstance(prompt, str) else None
             ids = engine.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-            requests.append(engine.make_request(ids, one, text))
-        return requests
+            groups.append(engine.make_requests(ids, one, text))
+        return groups
 
 
 def _as_list(prompts: Prompts) -> list[str | Sequence[int]]:

@@ -2,15 +2,18 @@
 
 import enum
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from minidsv.errors import RequestError
 
+MAX_OUTPUTS = 128
 MAX_STOP_STRINGS = 16
 MAX_INT = 2**63 - 1
 MAX_NUMBER = 1e6
+MAX_PENALTY = 2.0
+MAX_BIAS = 100.0
 
 
 @dataclass(frozen=True)
@@ -18,28 +21,42 @@ class SamplingParams:
     """How to choose tokens, and when to stop. Names and meanings follow vLLM's; raises RequestError
     on bad values.
 
-    max_tokens      most tokens to generate; None: as many as the context holds
+    n               outputs of one prompt, each with a seed of its own
+    max_tokens      most tokens to generate; None: as many as the context holds; 0: score the prompt
     temperature     0 is greedy (as is anything below 1e-5)
     top_p, top_k    keep the smallest set of tokens whose probability reaches top_p / the top_k best
                     (0: all)
-    seed            draws depend on (seed, output position) alone; None: taken from the engine's
-                    seed and a counter
+    min_p           drop tokens less probable than min_p times the best one (0: none)
+    presence_penalty, frequency_penalty
+                    taken from the logit of a token in the output: once, and per occurrence
+    repetition_penalty
+                    divides a positive logit, multiplies a negative one, of a token in the prompt or
+                    the output (1: none)
+    logit_bias      token id -> number added to its logit
+    seed            draws depend on (seed, output position) alone; output j > 0 has a seed derived
+                    from (seed, j); None: taken from the engine's seed and a counter
     stop            strings that end the text, before them (one string or a list); they may cross
                     tokens
     stop_token_ids  tokens that end the text, beside the model's EOS
     ignore_eos      go on past EOS
     min_tokens      before so many tokens neither EOS, stop tokens nor stop strings end the text
     logprobs        report this many best tokens at each output position, plus the sampled one
-                    (None: nothing)
+                    (-1: the whole vocabulary; None: nothing), from the model's unedited logits
     prompt_logprobs the same for each prompt position but the first
     return_indexer_topk  report which positions the indexer selected for each output token (see
                     IndexerTopk)
     """
 
+    n: int = 1
     max_tokens: int | None = 16
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] | None = None
     seed: int | None = None
     stop: str | Sequence[str] | None = None
     stop_token_ids: Sequence[int] | None = None
@@ -50,16 +67,22 @@ class SamplingParams:
     return_indexer_topk: bool = False
 
     def __post_init__(self) -> None:
-        _check_int("max_tokens", self.max_tokens, 1, optional=True)
+        _check_int("n", self.n, 1, MAX_OUTPUTS)
+        _check_int("max_tokens", self.max_tokens, 0, optional=True)
         _check_int("top_k", self.top_k, -1)
         _check_int("seed", self.seed, 0, optional=True)
         _check_int("min_tokens", self.min_tokens, 0)
-        _check_int("logprobs", self.logprobs, 0, optional=True)
-        _check_int("prompt_logprobs", self.prompt_logprobs, 0, optional=True)
+        _check_int("logprobs", self.logprobs, -1, optional=True)
+        _check_int("prompt_logprobs", self.prompt_logprobs, -1, optional=True)
         _check_number("temperature", self.temperature, 0.0)
         _check_number("top_p", self.top_p, 0.0, 1.0)
         if self.top_p == 0:
             raise RequestError("top_p", "0 keeps no token; accepted: above 0, up to 1")
+        _check_number("min_p", self.min_p, 0.0, 1.0)
+        _check_number("presence_penalty", self.presence_penalty, -MAX_PENALTY, MAX_PENALTY)
+        _check_number("frequency_penalty", self.frequency_penalty, -MAX_PENALTY, MAX_PENALTY)
+        _check_number("repetition_penalty", self.repetition_penalty, 1 / MAX_NUMBER)
+        self._check_bias()
         for name in ("ignore_eos", "return_indexer_topk"):
             if not isinstance(getattr(self, name), bool):
                 raise RequestError(name, f"{getattr(self, name)!r} is not true or false")
@@ -68,6 +91,16 @@ class SamplingParams:
                 "min_tokens", f"{self.min_tokens} is more than max_tokens {self.max_tokens}"
             )
         self._check_stops()
+
+    def _check_bias(self) -> None:
+        if self.logit_bias is None:
+            return
+        if not isinstance(self.logit_bias, Mapping):
+            raise RequestError("logit_bias", f"{reprlib.repr(self.logit_bias)} is not a mapping")
+        for token, bias in self.logit_bias.items():
+            _check_int("logit_bias", token, 0)
+            _check_number("logit_bias", bias, -MAX_BIAS, MAX_BIAS)
+        object.__setattr__(self, "logit_bias", dict(self.logit_bias))  # the caller's may change
 
     def _check_stops(self) -> None:
         if not isinstance(self.stop, str | list | tuple | None):
@@ -86,6 +119,11 @@ class SamplingParams:
         for name in ("stop", "stop_token_ids"):  # frozen: the caller's list may change
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    @property
+    def penalizes(self) -> bool:
+        """Some penalty is in force: tokens seen so far change the logits."""
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -145,7 +183,7 @@ class IndexerTopk:
 
 @dataclass(eq=False)
 class Request:
-    """One prompt on its way through the engine."""
+    """One output of one prompt on its way through the engine."""
 
     request_id: str
     prompt_token_ids: list[int]
@@ -153,6 +191,7 @@ class Request:
     seed: int  # params.seed, or the engine's choice
     max_tokens: int  # params.max_tokens, bounded by the context
     prompt: str | None = None
+    index: int = 0  # which of the prompt's params.n outputs this is
     status: Status = Status.WAITING  # set by the scheduler, as the next three
     num_computed_tokens: int = 0  # tokens whose keys are in the cache
     num_preemptions: int = 0

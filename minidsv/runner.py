@@ -14,12 +14,14 @@ from minidsv.engine_config import EngineConfig
 from minidsv.errors import ConfigError
 from minidsv.kernels.constants import PAGE_SIZE
 from minidsv.kv_cache import KVCache, bytes_per_token
+from minidsv.logprobs import LogitRows, RowLogprobs
 from minidsv.model import DeepseekV32
 from minidsv.request import IndexerTopk, Request
 from minidsv.resolve import free_memory
-from minidsv.sampler import SamplingBatch, sample
+from minidsv.sampler import Sampler
 from minidsv.scheduler import Chunk
 from minidsv.selections import read_selections, selection_recorder
+from minidsv.upload import upload
 
 CACHE_SHARE = 0.25  # of the free memory, the most that a page pool of default size takes
 
@@ -29,17 +31,9 @@ class StepResult:
     """What a step gives back to the host."""
 
     token_ids: list[int]  # one a sampling chunk, in their order
-    logprobs: list["RowLogprobs | None"]  # the same rows
-    prompt_logprobs: list[list["RowLogprobs"]]  # one list a chunk
+    logprobs: list[RowLogprobs | None]  # the same rows
+    prompt_logprobs: list[list[RowLogprobs]]  # one list a chunk
     indexer_topk: dict[Request, IndexerTopk] = field(default_factory=dict)  # of those who asked
-
-
-@dataclass
-class RowLogprobs:
-    """Log-probabilities at one position: the best tokens in order, and the one that was taken."""
-
-    best: list[tuple[int, float]]
-    taken: tuple[int, float, int]  # token id, logprob, rank
 
 
 class ModelRunner:
@@ -54,8 +48,8 @@ class ModelRunner:
     ):
         assert config.max_model_len is not None
         self.model_config, self.config = model_config, config
-        self.eos_token_ids = eos_token_ids
         self.device = torch.device(config.device)
+        self.sampler = Sampler(model_config.vocab_size, eos_token_ids, self.device)
         self.weight_bytes = sum(w.nbytes for w in weights.values())
         self.page_bytes = PAGE_SIZE * bytes_per_token(
             model_config, config.kv_cache_dtype, config.index_cache_dtype
@@ -96,25 +90,15 @@ class ModelRunner:
 
     def execute(self, chunks: Sequence[Chunk]) -> StepResult:
         """Compute the chunks, choose a token for each that samples, bring it to the host."""
-        rows = _LogitRows.of(chunks)
+        rows = LogitRows.of(chunks)
         step = self.prepare(chunks, rows.tokens)
         step.selections = selection_recorder(chunks, self.model_config, self.device)
         _, logits = self.model.forward(step)
         requests = [chunk.request for chunk in chunks if chunk.samples]
-        sampled = logits[rows.sampling]
-        batch = SamplingBatch.of(
-            requests, self.eos_token_ids, self.model_config.vocab_size, self.device
-        )
-        ids = sample(sampled, batch)
-        logprobs: list[RowLogprobs | None] = [None] * len(requests)
-        for row, request in enumerate(requests):
-            if request.params.logprobs is not None:
-                logprobs[row] = row_logprobs(sampled[row], ids[row], request.params.logprobs)
-        prompt = [
-            self._prompt_logprobs(chunk, logits, rows.prompt[i]) for i, chunk in enumerate(chunks)
-        ]
+        ids = self.sampler(logits[self._tensor(rows.sampling)], requests)
+        logprobs, prompt_logprobs = rows.logprobs(chunks, logits, ids)
         selections = read_selections(chunks, step.selections, self.model_config)
-        return StepResult(ids.tolist(), logprobs, prompt, selections)
+        return StepResult(ids.tolist(), logprobs, prompt_logprobs, selections)
 
     def prepare(self, chunks: Sequence[Chunk], logits_index: list[int]) -> StepBatch:
         """Build the step's metadata on the host, then copy it."""
@@ -138,64 +122,10 @@ class ModelRunner:
             slot_mapping=self._tensor(slots),
             seq_lens=position_tensor + 1,
             request_index=self._tensor(request_index),
-            block_table=torch.tensor(table, dtype=torch.int64, device=self.device),
+            block_table=upload(table, torch.int64, self.device),
             logits_index=self._tensor(logits_index),
             max_seq_len=max(chunk.end for chunk in chunks),
         )
 
     def _tensor(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.device)
-
-    @staticmethod
-    def _prompt_logprobs(
-        chunk: Chunk, logits: Tensor, rows: list[tuple[int, int]]
-    ) -> list[RowLogprobs]:
-        count = chunk.request.params.prompt_logprobs
-        if count is None:
-            return []
-        prompt = chunk.request.prompt_token_ids
-        return [row_logprobs(logits[row], prompt[position], count) for row, position in rows]
-
-
-@dataclass
-class _LogitRows:
-    """Tokens of a step whose logits are wanted: each sampling chunk's last, and prompt's."""
-
-    tokens: list[int]  # index of the token in the flat batch, one a row
-    sampling: list[int]  # rows that choose a token
-    prompt: list[list[tuple[int, int]]]  # per chunk (row, prompt position that the row predicts)
-
-    @classmethod
-    def of(cls, chunks: Sequence[Chunk]) -> "_LogitRows":
-        rows = cls([], [], [])
-        first = 0
-        for chunk in chunks:
-            predicted = _predicted_prompt_positions(chunk)
-            rows.prompt.append([(len(rows.tokens) + i, p) for i, p in enumerate(predicted)])
-            rows.tokens += [first + p - 1 - chunk.start for p in predicted]
-            if chunk.samples:
-                rows.sampling.append(len(rows.tokens))
-                rows.tokens.append(first + chunk.num_tokens - 1)
-            first += chunk.num_tokens
-        return rows
-
-
-def _predicted_prompt_positions(chunk: Chunk) -> range:
-    """Prompt positions whose logprobs this chunk gives and that are not known yet."""
-    request = chunk.request
-    if request.params.prompt_logprobs is None:
-        return range(0)
-    first = max(chunk.start + 1, len(request.prompt_logprobs))
-    return range(first, min(chunk.end + 1, len(request.prompt_token_ids)))
-
-
-def row_logprobs(logits: Tensor, taken: Tensor | int, count: int) -> RowLogprobs:
-    """The `count` best tokens of raw logits [vocab], and `taken`, from the same values."""
-    values = logits.log_softmax(-1)
-    token = int(taken)
-    own = values[token]
-    best, ids = values.topk(min(count, values.shape[0]))
-    rank = 1 + int((values > own).sum())
-    return RowLogprobs(
-        list(zip(ids.tolist(), best.tolist(), strict=True)), (token, float(own), rank)
-    )
+        return upload(values, torch.int64, self.device)

@@ -1,11 +1,14 @@
 """Choosing the next token: greedy, or a counter-based draw, without synchronising the host.
 
-    token = argmax over the kept tokens of  logits / temperature + G,    G = Gumbel(hash(seed,
-    position, token id))
+In vLLM's order: the model's logits; -inf for what min_tokens forbids, + logit_bias; penalties
+(minidsv/penalties.py). Greedy rows now take the best, the lowest id of equals. The others go on:
+divided by the temperature, cut by min_p, then top_k, then top_p, and
 
-which draws from softmax(logits / temperature) over the kept tokens. G depends on (seed, output
-position, token id) only, so a draw is the same whatever the row, the batch or the device. top_k is
-applied before top_p; both keep a boundary tie's lowest token ids.
+    token = argmax over the kept tokens of  score + G,    G = Gumbel(hash(seed, position, token id))
+
+which draws from softmax(score) over the kept tokens. G depends on (seed, output position, token
+id) only, so a draw is the same whatever the row, the batch or the device. top_k and top_p keep a
+boundary tie's lowest token ids.
 """
 
 from collections.abc import Sequence
@@ -14,26 +17,41 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minidsv.request import Request
+from minidsv.penalties import TokenCounts
+from minidsv.request import Request, SamplingParams
+from minidsv.upload import upload
 
 MIN_TEMPERATURE = 1e-5  # anything colder is greedy
 _MASK32 = 0xFFFFFFFF
 
 
-@dataclass
-class SamplingBatch:
-    """Parameters of L rows on the device; built by `SamplingBatch.of`."""
+class Sampler:
+    """Chooses tokens for requests; remembers nothing but how often they have used each token."""
 
-    greedy: bool  # no row draws
-    temperature: Tensor  # fp32 [L], 1 for greedy rows
-    draws: Tensor  # bool [L]
-    top_k: Tensor  # int64 [L]
-    top_p: Tensor  # fp32 [L]
-    filters: bool  # some drawing row has a top_k or a top_p
-    seeds: Tensor  # int64 [L]
-    positions: Tensor  # int64 [L] output position about to be filled
-    banned_rows: Tensor  # int64 [B] with banned_ids: logits set to -inf (min_tokens)
-    banned_ids: Tensor
+    def __init__(self, vocab_size: int, eos_token_ids: Sequence[int], device: torch.device):
+        self._vocab_size, self._eos_token_ids, self._device = vocab_size, eos_token_ids, device
+        self._counts = TokenCounts(vocab_size, device)
+
+    def __call__(self, logits: Tensor, requests: Sequence[Request]) -> Tensor:
+        """logits fp32 [L, vocab], left as they are, one row a request -> token ids int64 [L]."""
+        edits = Edits.of(requests, self._eos_token_ids, self._vocab_size, self._device)
+        if edits is not None:
+            logits = edits.apply(logits)
+        penalties = self._counts.penalties(requests)
+        if penalties is not None:
+            logits = penalties.apply(logits)
+        best = logits.argmax(-1)
+        draws = Draws.of(requests, self._vocab_size, self._device)
+        return best if draws is None else torch.where(draws.wanted, draws.choose(logits), best)
+
+
+@dataclass
+class Edits:
+    """Numbers added to single logits: -inf (min_tokens) and logit_bias."""
+
+    rows: Tensor  # int64 [E]
+    token_ids: Tensor  # int64 [E]
+    values: Tensor  # fp32 [E]
 
     @classmethod
     def of(
@@ -42,64 +60,89 @@ class SamplingBatch:
         eos_token_ids: Sequence[int],
         vocab_size: int,
         device: torch.device,
-    ) -> "SamplingBatch":
-        """Collect the parameters of `requests`, one row each."""
-        params = [r.params for r in requests]
-        draws = [p.temperature >= MIN_TEMPERATURE for p in params]
-        banned = [
-            (row, token)
-            for row, request in enumerate(requests)
-            if len(request.output_token_ids) < request.params.min_tokens
-            for token in {
-                *(() if request.params.ignore_eos else eos_token_ids),
-                *(request.params.stop_token_ids or ()),
-            }
-            if token < vocab_size
-        ]
-        integers = torch.tensor(
+    ) -> "Edits | None":
+        """Those of a batch with one row a request; None if there are none."""
+        edits: list[tuple[int, int, float]] = []
+        for row, request in enumerate(requests):
+            params = request.params
+            if len(request.output_token_ids) < params.min_tokens:
+                ends = () if params.ignore_eos else eos_token_ids
+                banned = {*ends, *(params.stop_token_ids or ())}
+                edits += [(row, token, float("-inf")) for token in banned if token < vocab_size]
+            if params.logit_bias:
+                edits += [(row, token, bias) for token, bias in params.logit_bias.items()]
+        if not edits:
+            return None
+        rows, token_ids, values = zip(*edits, strict=True)
+        index = upload([rows, token_ids], torch.int64, device)
+        return cls(index[0], index[1], upload(values, torch.float32, device))
+
+    def apply(self, logits: Tensor) -> Tensor:
+        return logits.index_put((self.rows, self.token_ids), self.values, accumulate=True)
+
+
+@dataclass
+class Draws:
+    """What the rows that are not greedy need; L rows, greedy ones with neutral values."""
+
+    wanted: Tensor  # bool [L]
+    temperature: Tensor  # fp32 [L]
+    top_p: Tensor  # fp32 [L]
+    log_min_p: Tensor  # fp32 [L], -inf for none
+    top_k: Tensor  # int64 [L], the vocabulary for all
+    seeds: Tensor  # int64 [L]
+    positions: Tensor  # int64 [L] output position about to be filled
+    filters: bool  # some row has a top_k or a top_p
+
+    @classmethod
+    def of(
+        cls, requests: Sequence[Request], vocab_size: int, device: torch.device
+    ) -> "Draws | None":
+        """Those of a batch with one row a request; None if every row is greedy."""
+        neutral = SamplingParams(temperature=1.0)
+        wanted = [r.params.temperature >= MIN_TEMPERATURE for r in requests]
+        if not any(wanted):
+            return None
+        params = [r.params if draw else neutral for r, draw in zip(requests, wanted, strict=True)]
+        top_k = [p.top_k if 0 < p.top_k < vocab_size else vocab_size for p in params]
+        numbers = upload(
             [
-                [p.top_k if 0 < p.top_k < vocab_size else vocab_size for p in params],
-                [r.seed for r in requests],
-                [len(r.output_token_ids) for r in requests],
+                [p.temperature for p in params],
+                [p.top_p for p in params],
+                [p.min_p for p in params],
             ],
-            device=device,
+            torch.float32,
+            device,
         )
-        pairs = torch.tensor(banned, dtype=torch.int64, device=device).view(-1, 2)
+        integers = upload(
+            [top_k, [r.seed for r in requests], [len(r.output_token_ids) for r in requests]],
+            torch.int64,
+            device,
+        )
         return cls(
-            greedy=not any(draws),
-            temperature=torch.tensor(
-                [p.temperature if draw else 1.0 for p, draw in zip(params, draws, strict=True)],
-                dtype=torch.float32,
-                device=device,
-            ),
-            draws=torch.tensor(draws, dtype=torch.bool, device=device),
+            wanted=upload(wanted, torch.bool, device),
+            temperature=numbers[0],
+            top_p=numbers[1],
+            log_min_p=numbers[2].log(),
             top_k=integers[0],
-            top_p=torch.tensor([p.top_p for p in params], dtype=torch.float32, device=device),
-            filters=any(
-                d and (p.top_p < 1 or 0 < p.top_k < vocab_size)
-                for d, p in zip(draws, params, strict=True)
-            ),
             seeds=integers[1],
             positions=integers[2],
-            banned_rows=pairs[:, 0],
-            banned_ids=pairs[:, 1],
+            filters=any(p.top_p < 1 for p in params) or min(top_k) < vocab_size,
         )
 
+    def choose(self, logits: Tensor) -> Tensor:
+        """logits fp32 [L, vocab] -> token ids int64 [L]."""
+        scores = logits / self.temperature.unsqueeze(1)
+        scores = keep_likely(scores, self.log_min_p)
+        if self.filters:
+            scores = keep_top(scores, self.top_k, self.top_p)
+        return (scores + gumbel(self.seeds, self.positions, logits.shape[1])).argmax(-1)
 
-def sample(logits: Tensor, batch: SamplingBatch) -> Tensor:
-    """logits fp32 [L, vocab] -> token ids int64 [L]; the lowest id wins ties."""
-    if batch.banned_rows.numel():
-        logits = logits.index_put(
-            (batch.banned_rows, batch.banned_ids), logits.new_tensor(float("-inf"))
-        )
-    best = logits.argmax(-1)
-    if batch.greedy:
-        return best
-    scores = logits / batch.temperature.unsqueeze(1)
-    if batch.filters:
-        scores = keep_top(scores, batch.top_k, batch.top_p)
-    scores = scores + gumbel(batch.seeds, batch.positions, logits.shape[1])
-    return torch.where(batch.draws, scores.argmax(-1), best)
+
+def keep_likely(scores: Tensor, log_min_p: Tensor) -> Tensor:
+    """Keep the tokens at least min_p times as probable as the row's best; the rest is -inf."""
+    least = scores.amax(-1) + log_min_p
+    return scores.masked_fill(scores < least.unsqueeze(1), float("-inf"))
 
 
 def keep_top(scores: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:

@@ -32,7 +32,12 @@ class Chunk:
     @property
     def samples(self) -> bool:
         """The chunk reaches the last known token, so its last logits choose the next one."""
-        return self.end == self.request.num_tokens
+        return self.end == self.request.num_tokens and self.request.max_tokens > 0
+
+    @property
+    def scores(self) -> bool:
+        """The chunk ends a prompt that nothing is to follow."""
+        return self.end == self.request.num_tokens and self.request.max_tokens == 0
 
 
 class Scheduler:

@@ -35,25 +35,21 @@ class Tokenizer:
         self.backend.no_padding()
         self.size = 1 + max(self.backend.get_vocab(with_added_tokens=True).values())  # with gaps
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`, with the special tokens that the tokenizer adds (BOS)."""
         try:
-            return self.backend.encode(text).ids
+            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
         except (TypeError, UnicodeEncodeError):
             raise RequestError("prompt", "not valid Unicode text (a lone surrogate?)") from None
 
-    def decode(self, token_ids: list[int]) -> str:
-        """Text of `token_ids`, special tokens left out."""
+    def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
+        """Text of `token_ids`."""
         known = [i for i in token_ids if i < self.size]
-        return self.backend.decode(known, skip_special_tokens=True)
+        return self.backend.decode(known, skip_special_tokens=skip_special_tokens)
 
     def token_text(self, token_id: int) -> str:
         """One token on its own, special tokens shown."""
-        return (
-            self.backend.decode([token_id], skip_special_tokens=False)
-            if token_id < self.size
-            else ""
-        )
+        return self.decode([token_id], skip_special_tokens=False)
 
     def stream(self, prompt_token_ids: list[int]) -> "DetokenizerStream":
         return DetokenizerStream(self, prompt_token_ids)

@@ -1,120 +1,135 @@
-"""EngineLoop: the thread that owns the engine, and the asyncio side of its requests."""
+"""EngineLoop: the thread that loads the engine and owns it, and its bridge to the event loop."""
 
 import asyncio
 import contextlib
-import logging
 import queue
 import threading
-from collections.abc import AsyncGenerator, Callable
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from minidsv.engine import Engine, StepOutput
-from minidsv.request import Request
+from minidsv.request import Request, Status
 
-logger = logging.getLogger(__name__)
+JOIN_SECONDS = 10  # a step that outlasts it is left to die with the process
 
 
-class EngineFailed(Exception):
-    """The engine raised, or is shutting down; it serves no more requests."""
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one engine step did; times are those of `time.monotonic`."""
+
+    began: float
+    ended: float
+    started: list[Request]  # left the queue in it
+    outputs: list[StepOutput]
+    num_tokens: int  # computed
+
+
+class Listener(Protocol):
+    """Whom the thread tells; called on the event loop."""
+
+    def loaded(self, engine: Engine) -> None: ...
+
+    def stepped(self, step: Step) -> None: ...
+
+    def ended(self, error: Exception | None) -> None:
+        """No step will follow: `stop` was called, or the engine raised `error`."""
 
 
 class EngineLoop:
-    """Runs `engine.step()` while there is work; only its thread touches the engine."""
+    """Runs `engine.step()` while there is work; only its thread touches the engine.
 
-    def __init__(self, engine: Engine):
-        self.engine = engine
-        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._streams: dict[Request, _Stream] = {}  # of the engine thread
+    An exception ends the thread for good: nobody knows which requests the broken step had booked,
+    what it wrote into the caches, or (CUDA) whether the context still works. Whoever supervises the
+    process starts a new one.
+    """
+
+    def __init__(self, load: Callable[[], Engine], listener: Listener):
+        self._load, self._listener = load, listener
+        self._commands: queue.SimpleQueue[Callable[[Engine], None]] = queue.SimpleQueue()
+        self._queued: deque[Request] = deque()  # of the thread: what no step has taken up yet
+        self._step_began: float | None = None
         self._stopping = False
-        self._failed = False
         self._thread = threading.Thread(target=self._run, name="minidsv-engine", daemon=True)
 
     @property
-    def healthy(self) -> bool:
-        return self._thread.is_alive() and not self._failed
+    def step_seconds(self) -> float:
+        """How long the step that runs has been running; 0 between steps."""
+        began = self._step_began
+        return 0.0 if began is None else time.monotonic() - began
 
     def start(self) -> None:
+        self._events = asyncio.get_running_loop()
         self._thread.start()
 
     def stop(self) -> None:
-        """Abort what runs and end the thread."""
+        """End the thread after its step."""
+        self._stopping = True
+        self._commands.put(lambda _: None)
+        self._thread.join(JOIN_SECONDS)
 
-        def command() -> None:
-            self._stopping = True
-            for request in self._streams:
-                self.engine.abort(request)
-            self._end_streams()
+    def add(self, requests: Sequence[Request]) -> None:
+        def command(engine: Engine) -> None:
+            for request in requests:
+                engine.add(request)
+                self._queued.append(request)
 
         self._commands.put(command)
-        self._thread.join()
 
-    async def run(self, request: Request) -> AsyncGenerator[StepOutput]:
-        """Queue `request` and yield its outputs; leaving early aborts it. Raises EngineFailed."""
-        if not self.healthy:
-            raise EngineFailed
-        stream = _Stream(asyncio.get_running_loop())
-        self._commands.put(lambda: self._add(request, stream))
-        try:
-            while True:
-                output = await stream.outputs.get()
-                if output is None:
-                    raise EngineFailed
-                yield output
-                if output.finished:
-                    return
-        finally:
-            self._commands.put(lambda: self._abort(request))
+    def abort(self, requests: Sequence[Request]) -> None:
+        def command(engine: Engine) -> None:
+            for request in requests:
+                engine.abort(request)
 
-    def _add(self, request: Request, stream: "_Stream") -> None:
-        if self._failed or self._stopping:
-            stream.put(None)
-            return
-        self._streams[request] = stream
-        self.engine.add(request)
-
-    def _abort(self, request: Request) -> None:
-        if self._streams.pop(request, None) is not None:
-            self.engine.abort(request)
+        self._commands.put(command)
 
     def _run(self) -> None:
-        while not self._stopping:
-            try:
-                self._run_commands()
-                if not self._failed:
-                    self._step()
-            except Exception:
-                logger.exception("the engine failed; its requests are answered with an error")
-                self._failed = True
-                self._end_streams()
+        try:
+            engine = self._load()
+            self._tell(self._listener.loaded, engine)
+            while not self._stopping:
+                self._run_commands(engine)
+                self._step(engine)
+            self._run_commands(engine)
+        except Exception as error:
+            self._tell(self._listener.ended, error)
+        else:
+            self._tell(self._listener.ended, None)
 
-    def _step(self) -> None:
-        for output in self.engine.step():
-            self._streams[output.request].put(output)
-            if output.finished:
-                del self._streams[output.request]
-
-    def _end_streams(self) -> None:
-        for stream in self._streams.values():
-            stream.put(None)
-        self._streams.clear()
-
-    def _run_commands(self) -> None:
+    def _run_commands(self, engine: Engine) -> None:
         """Run what is queued; without work, wait for something."""
-        if self._failed or not self.engine.has_work:
-            self._commands.get()()
+        if not engine.has_work and not self._stopping:
+            self._commands.get()(engine)
         while True:
             try:
-                self._commands.get_nowait()()
+                self._commands.get_nowait()(engine)
             except queue.Empty:
                 return
 
+    def _step(self, engine: Engine) -> None:
+        before = _tokens_computed(engine)
+        began = self._step_began = time.monotonic()
+        outputs = engine.step()
+        ended, self._step_began = time.monotonic(), None
+        num_tokens = _tokens_computed(engine) - before
+        if num_tokens:
+            step = Step(began, ended, self._started(), outputs, num_tokens)
+            self._tell(self._listener.stepped, step)
 
-class _Stream:
-    """Outputs of one request on their way to its handler; None: the engine failed or stopped."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop):
-        self._loop = loop
-        self.outputs: asyncio.Queue[StepOutput | None] = asyncio.Queue()
-
-    def put(self, output: StepOutput | None) -> None:
+    def _tell(self, callback: Callable[[Any], None], argument: object) -> None:
         with contextlib.suppress(RuntimeError):  # the event loop has closed: a forced exit
-            self._loop.call_soon_threadsafe(self.outputs.put_nowait, output)
+            self._events.call_soon_threadsafe(callback, argument)
+
+    def _started(self) -> list[Request]:
+        """Requests that have left the queue, which is first come, first served."""
+        started = []
+        while self._queued and self._queued[0].status is not Status.WAITING:
+            started.append(self._queued.popleft())
+        return started
+
+
+def _tokens_computed(engine: Engine) -> int:
+    stats = engine.stats()
+    return stats.prefill_tokens + stats.decode_tokens

@@ -6,7 +6,7 @@ nothing; a name that nobody documents is ignored and logged at debug.
 
 import logging
 import reprlib
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import (
@@ -19,7 +19,7 @@ from pydantic import (
     StrictInt,
     StrictStr,
 )
-from pydantic_core import PydanticCustomError
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from minidsv.errors import RequestError
 from minidsv.request import Request, SamplingParams
@@ -27,7 +27,7 @@ from minidsv.request import Request, SamplingParams
 logger = logging.getLogger(__name__)
 
 
-def _check_unicode(text: str) -> str:
+def check_unicode(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -37,10 +37,11 @@ def _check_unicode(text: str) -> str:
     return text
 
 
-Text = Annotated[StrictStr, AfterValidator(_check_unicode)]
+Text = Annotated[StrictStr, AfterValidator(check_unicode)]
 Integer = Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Texts = Annotated[list[Text], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
+Flag = StrictBool | None
 
 # SGLang's documented fields that we lack -> values that ask for nothing (None and what is empty
 # always do).
@@ -104,7 +105,7 @@ class GenerateSampling(BaseModel):
 
     def to_params(self) -> SamplingParams:
         """Our parameters, with SGLang's defaults (128 tokens, temperature 1, top_k -1 for all)."""
-        _refuse(self, "sampling_params.", _UNSUPPORTED_SAMPLING)
+        refuse_unsupported(self, "sampling_params.", _UNSUPPORTED_SAMPLING)
         top_k = 0 if self.top_k in (None, -1) else self.top_k
         return SamplingParams(
             max_tokens=128 if self.max_new_tokens is None else self.max_new_tokens,
@@ -127,12 +128,11 @@ class GenerateRequest(BaseModel):
     input_ids: list[Integer] | None = None
     sampling_params: GenerateSampling | None = None
     stream: StrictBool | None = None
-    return_indexer_topk: StrictBool | None = None  # ours, not SGLang's
     rid: Text | None = None
 
     def prompt(self) -> str | list[int]:
         """The one prompt given; raises RequestError for none or two."""
-        _refuse(self, "", _UNSUPPORTED_REQUEST)
+        refuse_unsupported(self, "", _UNSUPPORTED_REQUEST)
         given = [p for p in (self.text, self.input_ids) if p is not None]
         if len(given) != 1:
             raise RequestError(
@@ -141,8 +141,7 @@ class GenerateRequest(BaseModel):
         return given[0]
 
     def to_params(self) -> SamplingParams:
-        params = (self.sampling_params or GenerateSampling()).to_params()
-        return replace(params, return_indexer_topk=bool(self.return_indexer_topk))
+        return (self.sampling_params or GenerateSampling()).to_params()
 
     def in_own_terms(self, error: RequestError) -> RequestError:
         """The engine's refusal, with the names of this body in place of those of SamplingParams."""
@@ -164,7 +163,14 @@ _FROM_ENGINE = {
 }
 
 
-def _refuse(model: BaseModel, prefix: str, unsupported: dict[str, tuple[Any, ...]]) -> None:
+def refuse_unsupported(
+    model: BaseModel, prefix: str, unsupported: Mapping[str, tuple[Any, ...]]
+) -> None:
+    """Raise RequestError for a documented field that we lack and that asks for something.
+
+    `unsupported` maps names to the values that ask for nothing, beside null and what is empty. A
+    name that nobody documents is ignored and logged at debug.
+    """
     for name, value in (model.model_extra or {}).items():
         if name not in unsupported:
             logger.debug("ignoring unknown field %s%s", prefix, name)
@@ -177,6 +183,17 @@ def _asks_for_nothing(value: Any, neutral: tuple[Any, ...]) -> bool:
     if value is None or value in ("", [], {}):
         return True
     return any(value == n and isinstance(value, bool) == isinstance(n, bool) for n in neutral)
+
+
+def validation_reason(error: ErrorDetails) -> tuple[str | None, str]:
+    """What pydantic found: the field (None: the body itself), and what is wrong with it."""
+    field = ".".join(str(part) for part in error["loc"] if part != "body") or None
+    if error["type"] == "json_invalid":
+        return None, f"{error['msg']} at character {error['loc'][-1]}"
+    if field is None and error["type"] in ("missing", "model_type", "model_attributes_type"):
+        return None, "a JSON object with Content-Type: application/json is needed"
+    shown = "" if error["type"] == "missing" else f"; got {reprlib.repr(error['input'])}"
+    return field, error["msg"] + shown
 
 
 def generate_response(
@@ -196,14 +213,6 @@ def generate_response(
     }
 
 
-def indexer_topk(request: Request, first: int, end: int) -> dict[str, Any]:
-    """The field of meta_info with the selections of output tokens [first, end), if asked for."""
-    if not request.params.return_indexer_topk:
-        return {}
-    chosen = request.indexer_topk[first:end]
-    return {"indexer_topk": [{"num_keys": s.num_keys, "layers": s.layers} for s in chosen]}
-
-
 def _finish_reason(request: Request) -> dict[str, Any]:
     if request.finish_reason == "length":
         return {"type": "length", "length": request.max_tokens}
@@ -214,10 +223,3 @@ def _finish_reason(request: Request) -> dict[str, Any]:
             "matched": request.output_token_ids[-1] if matched is None else matched,
         }
     return {"type": "abort", "message": "aborted"}
-
-
-def error_body(
-    message: str, kind: str, param: str | None = None, code: str | None = None
-) -> dict[str, Any]:
-    """OpenAI's nested error shape."""
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +192,23 @@ def test_prompt_forms(llm: LLM) -> None:
         ("x", {"seed": 2**63}, ["seed"]),
         ("x", {"stop": ""}, ["stop", "''"]),
         ("x", {"stop": ["a"] * 17}, ["stop", "17", "16"]),
-        ("x", {"max_tokens": 0}, ["max_tokens", "0"]),
+        ("x", {"max_tokens": -1}, ["max_tokens", "-1"]),
+        ("x", {"max_tokens": 0, "min_tokens": 1}, ["min_tokens", "1", "0"]),
+        ([5] * 601, {"max_tokens": 0}, ["prompt", "601", "600"]),
+        ("x", {"n": 0}, ["n", "0", "128"]),
+        ("x", {"n": 129}, ["n", "129", "128"]),
+        ("x", {"n": True}, ["n", "True"]),
+        ("x", {"min_p": 1.1}, ["min_p", "1.1"]),
+        ("x", {"presence_penalty": 2.1}, ["presence_penalty", "2.1", "-2"]),
+        ("x", {"frequency_penalty": -2.1}, ["frequency_penalty", "-2.1", "-2"]),
+        ("x", {"repetition_penalty": 0}, ["repetition_penalty", "0", "1e-06"]),
+        ("x", {"repetition_penalty": math.nan}, ["repetition_penalty", "nan"]),
+        ("x", {"logit_bias": [5]}, ["logit_bias", "[5]"]),
+        ("x", {"logit_bias": {"5": 1}}, ["logit_bias", "'5'"]),
+        ("x", {"logit_bias": {5: 101}}, ["logit_bias", "101", "100"]),
+        ("x", {"logit_bias": {5: math.inf}}, ["logit_bias", "inf"]),
+        ("x", {"logit_bias": {1280: 1}}, ["logit_bias", "1280", "1279"]),
+        ("x", {"logprobs": -2}, ["logprobs", "-2", "-1"]),
         ("x", {"max_tokens": 3, "min_tokens": 4}, ["min_tokens", "4", "3"]),
         ("x", {"ignore_eos": 1}, ["ignore_eos", "1"]),
         ("x", {"stop_token_ids": [-2]}, ["stop_token_ids", "-2"]),
@@ -314,6 +331,57 @@ def test_seeds(llm: LLM) -> None:
     ]
     assert [o.outputs[0].token_ids for o in twins[0]] == [o.outputs[0].token_ids for o in twins[1]]
     assert twins[0][0].outputs[0].token_ids != twins[0][1].outputs[0].token_ids
+
+
+def test_n(llm: LLM) -> None:
+    """n outputs: the first is that of the seed itself, the others draw with seeds of their own."""
+    params = SamplingParams(n=4, temperature=1.0, max_tokens=12, seed=7, prompt_logprobs=0)
+    (result,) = llm.generate("hello", params)
+    alone = replace(params, n=1)
+    assert [o.index for o in result.outputs] == [0, 1, 2, 3]
+    assert len({tuple(o.token_ids) for o in result.outputs}) == 4
+    assert llm.generate("hello", alone)[0].outputs == result.outputs[:1]
+    requests = llm.engine.make_requests([5], params)
+    for request, output in zip(requests, result.outputs, strict=True):
+        again = llm.generate("hello", replace(alone, seed=request.seed))[0]
+        assert again.outputs[0].token_ids == output.token_ids
+    assert result.prompt_logprobs is not None
+    assert len(result.prompt_logprobs) == len(result.prompt_token_ids)
+    assert len({(r.request_id, tuple(r.prompt_token_ids)) for r in requests}) == 1
+    with pytest.raises(RequestError, match=r"n: 4 outputs"):
+        llm.engine.make_request([5], params)
+
+
+def test_scoring_only(llm: LLM) -> None:
+    """max_tokens=0 computes the prompt, over the whole context if need be, and samples nothing."""
+    for length in (1, 63, 64, 65, 600):
+        pieces: list[StepOutput] = []
+        params = SamplingParams(max_tokens=0, prompt_logprobs=1)
+        (result,) = llm.generate([[5] * length], params, pieces.append)
+        (output,) = result.outputs
+        assert (output.text, output.token_ids, output.finish_reason) == ("", [], "length")
+        assert [(p.text, p.token_ids, p.finished) for p in pieces] == [("", [], True)]
+        assert result.prompt_logprobs is not None
+        assert len(result.prompt_logprobs) == length
+    with_output = llm.generate([[5] * 65], replace(params, max_tokens=3))[0]
+    assert llm.generate([[5] * 65], params)[0].prompt_logprobs == with_output.prompt_logprobs
+
+
+def test_logprobs_of_the_whole_vocabulary(llm: LLM) -> None:
+    """-1 reports every token; they sum to one, and edits of the logits do not change them."""
+    bias = {9: 100.0}
+    params = SamplingParams(max_tokens=2, logprobs=-1, prompt_logprobs=-1, logit_bias=bias)
+    (result,) = llm.generate([[5, 6, 7]], params)
+    assert result.outputs[0].token_ids == [9, 9]
+    assert result.prompt_logprobs is not None
+    assert result.outputs[0].logprobs is not None
+    for entries in [*result.prompt_logprobs[1:], *result.outputs[0].logprobs]:
+        assert entries is not None
+        assert sorted(entries) == list(range(1280))
+        assert sum(math.exp(e.logprob) for e in entries.values()) == pytest.approx(1, abs=1e-4)
+        assert [e.rank for e in entries.values()] == list(range(1, 1281))
+    raw = llm.prompt_logits([5, 6, 7])[-1].log_softmax(-1)
+    assert result.outputs[0].logprobs[0][9].logprob == pytest.approx(float(raw[9]), abs=1e-5)
 
 
 def test_prompt_logits_shape_and_limits(llm: LLM) -> None:

@@ -9,6 +9,8 @@ from builders import prompt
 from compare import relative_l2
 from minidsv import LLM, SamplingParams
 from minidsv.questions import eval_questions
+from minidsv.request import Request
+from minidsv.sampler import Sampler
 
 pytestmark = pytest.mark.gpu
 FAMILIES = ("dsv32", "glm")
@@ -62,3 +64,28 @@ def test_draws_are_the_same_on_both_devices(checkpoints: dict[str, Path]) -> Non
         for device in ("cpu", "cuda")
     )
     assert cpu[0].outputs[0].token_ids == cuda[0].outputs[0].token_ids
+
+
+def test_the_sampler_does_not_wait_for_the_device() -> None:
+    """Bans, biases, penalties, filters and draws of one batch: the CPU's choice, without a sync."""
+    params = [
+        SamplingParams(temperature=0.8, seed=1, min_p=0.1, presence_penalty=1.0, min_tokens=5),
+        SamplingParams(temperature=1.2, seed=2, top_k=5, logit_bias={3: 4.0}),
+        SamplingParams(repetition_penalty=1.7),
+        SamplingParams(temperature=1.0, seed=3, top_p=0.7, frequency_penalty=-1.0),
+        SamplingParams(),
+    ]
+    requests = [Request("r", [4, 9, 20], p, p.seed or 0, 16) for p in params]
+    devices = [torch.device(name) for name in ("cpu", "cuda")]
+    samplers = [Sampler(50, [1], device) for device in devices]
+    for step in range(4):
+        logits = torch.randn(5, 50, generator=torch.Generator().manual_seed(step))
+        on_device = logits.cuda()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            got = samplers[1](on_device, requests)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert got.tolist() == samplers[0](logits, requests).tolist()
+        for request, token in zip(requests, got.tolist(), strict=True):
+            request.output_token_ids.append(token)

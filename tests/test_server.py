@@ -1,79 +1,21 @@
 """The HTTP server on a real socket: answers, refusals, disconnects, a failing engine, shutdown."""
 
 import json
-import socket
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 
 from minidsv import LLM, SamplingParams
-from minidsv.engine import Engine
-from minidsv.engine_config import EngineConfig
-from minidsv.server.app import create_app
+from served import OPTIONS, Served, assert_error, events, serving, wait_until
 
-OPTIONS: dict[str, Any] = {"load_format": "random", "device": "cpu", "num_pages": 64}
 PROMPT = "Question: What is the chemical symbol of iron?\nAnswer:"
 IDS = [0, 300, 17, 42, 1000]
 GREEDY = {"temperature": 0, "max_new_tokens": 24, "ignore_eos": True}
 ENDLESS = {"max_new_tokens": 3000, "ignore_eos": True}
 BOTH_WAYS = pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
-
-
-@dataclass
-class Served:
-    engine: Engine
-    server: uvicorn.Server
-    thread: threading.Thread
-    client: httpx.Client
-
-    @property
-    def idle(self) -> bool:
-        scheduler, pages = self.engine.scheduler, self.engine.block_manager
-        return not scheduler.has_work and pages.num_free == pages.num_pages
-
-    def generate(self, **body: Any) -> httpx.Response:
-        return self.client.post("/generate", json=body)
-
-    def send(self, **body: Any) -> socket.socket:
-        """A raw connection on which the request has been written."""
-        address = (self.client.base_url.host, self.client.base_url.port)
-        head = "POST /generate HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n"
-        content = json.dumps(body)
-        connection = socket.create_connection(address, timeout=10)
-        connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n{content}".encode())
-        return connection
-
-    def stop(self) -> None:
-        self.server.should_exit = True
-        self.thread.join(20)
-        assert not self.thread.is_alive()
-
-
-@contextmanager
-def serving(grace: int | None = None) -> Iterator[Served]:
-    """The application under uvicorn in a thread, on a port that is open from the start."""
-    engine = Engine(EngineConfig(**OPTIONS))
-    config = uvicorn.Config(create_app(engine), log_level="error", timeout_graceful_shutdown=grace)
-    server = uvicorn.Server(config)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        url = "http://127.0.0.1:%d" % listener.getsockname()[1]  # noqa: UP031
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        headers = {"Content-Type": "application/json"}
-        with httpx.Client(base_url=url, headers=headers, timeout=20) as client:
-            served = Served(engine, server, thread, client)
-            try:
-                yield served
-            finally:
-                served.stop()
 
 
 @pytest.fixture(scope="module")
@@ -85,33 +27,6 @@ def served() -> Iterator[Served]:
 @pytest.fixture(scope="module")
 def llm() -> LLM:
     return LLM(**OPTIONS)
-
-
-def wait_until(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 2
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.005)
-
-
-def events(response: httpx.Response) -> list[dict[str, Any]]:
-    """The JSON of each event but the last, which is [DONE]; every event is `data: ...` alone."""
-    assert response.status_code == 200
-    assert response.headers["content-type"].startswith("text/event-stream")
-    *blocks, done, rest = response.text.split("\n\n")
-    assert (done, rest) == ("data: [DONE]", "")
-    assert all(block.startswith("data: {") and "\n" not in block for block in blocks)
-    return [json.loads(block.removeprefix("data: ")) for block in blocks]
-
-
-def assert_error(response: httpx.Response, status: int, param: str | None, *parts: str) -> None:
-    assert response.status_code == status, response.text
-    assert response.headers["content-type"] == "application/json"
-    error = response.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    assert error["type"] == ("server_error" if status >= 500 else "invalid_request_error")
-    assert (error["param"] or "").removesuffix(".0") == (param or "")
-    assert all(part in error["message"] for part in (param or "", *parts))
 
 
 @pytest.mark.parametrize("prompt", [{"text": PROMPT}, {"input_ids": IDS}, {"text": ""}], ids=str)
@@ -202,7 +117,7 @@ SAMPLING = {
     "temperature": ["NaN", "1e400", "-1", "true", '"1"', f"{10**400}"],
     "top_p": ["0", "1.1", "NaN"], "top_k": ["-2", "1.0"], "ignore_eos": ["1"],
     "sampling_seed": [f"{10**24}", "-1", "1e400", "true"], "stop_token_ids": ["[true]", "[-1]"],
-    "max_new_tokens": ["0", "2.0", "100000", "9" * 4300], "min_new_tokens": ["129"],
+    "max_new_tokens": ["-1", "2.0", "100000", "9" * 4300], "min_new_tokens": ["129"],
     "n": ["2", "true"], "min_p": ["0.1"], "frequency_penalty": ["0.5"], "presence_penalty": ["-1"],
     "repetition_penalty": ["1.1"], "logit_bias": ['{"5": 1}'], "json_schema": ['"{}"'],
     "regex": ['"a+"'], "stop_regex": ['"a"'], "ebnf": ['"a"'], "structural_tag": ['"a"'],
@@ -295,7 +210,8 @@ def test_failing_engine_answers_503(monkeypatch: pytest.MonkeyPatch) -> None:
         running = [pool.submit(served.generate, **body) for body in bodies]
         wait_until(lambda: len(served.engine.scheduler.running) == 2)
         monkeypatch.setattr(served.engine.runner, "execute", None)  # calling it raises
-        assert_error(running[0].result(), 503, None, "engine has failed")
+        assert_error(running[0].result(), 500, None, "engine has failed")
+        assert running[0].result().headers["x-should-retry"] == "false"
         assert events(running[1].result())[-1] == running[0].result().json()
         for response in (*(served.generate(**b) for b in bodies), served.client.get("/health")):
             assert_error(response, 503, None, "engine has failed")

@@ -1,0 +1,102 @@
+"""What the server answers when it does not answer: OpenAI's nested error shape, everywhere."""
+
+import logging
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from minidsv.errors import RequestError
+from minidsv.server.protocol import validation_reason
+
+logger = logging.getLogger(__name__)
+
+
+class ServerError(Exception):
+    """A refusal, or the end of a request that was running; raised anywhere below a route."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        kind: str = "server_error",
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ):
+        super().__init__(message)
+        self.status, self.headers = status, headers
+        self.body = error_body(message, kind, param, code)
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body, self.status, self.headers)
+
+
+def error_body(
+    message: str, kind: str, param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
+    """OpenAI's nested error shape."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def unavailable(reason: str, retry_seconds: int = 5) -> ServerError:
+    """503: another time, or another server, may do."""
+    return ServerError(503, f"{reason}; try again", headers={"Retry-After": str(retry_seconds)})
+
+
+def engine_failed(status: int = 503) -> ServerError:
+    """503 for those who come later; 500 for those who ran, since one of them may have done it."""
+    headers = {"Retry-After": "5"} if status == 503 else {"x-should-retry": "false"}
+    return ServerError(status, "the engine has failed; see the server's log", headers=headers)
+
+
+def bug() -> ServerError:
+    """The answer to an exception that nobody expected; a retry would raise it again."""
+    headers = {"x-should-retry": "false"}
+    return ServerError(500, "internal error; see the server's log", headers=headers)
+
+
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    400: {"description": "The request is refused; `param` names the field."},
+    401: {"description": "No accepted key."},
+    404: {"description": "No such path or model."},
+    405: {"description": "Not with this method."},
+    413: {"description": "The body is too long."},
+    500: {"description": "A bug, or the engine failed while it ran the request."},
+    503: {"description": "Starting, full or shutting down; see Retry-After."},
+    504: {"description": "Not done within the server's time limit."},
+}
+"""What any route may answer beside its own, for the schema."""
+
+
+def install(app: FastAPI) -> None:
+    """Give every error that FastAPI, Starlette or a route raises that shape."""
+    app.exception_handler(RequestValidationError)(_on_validation_error)
+    app.exception_handler(RequestError)(_on_request_error)
+    app.exception_handler(HTTPException)(_on_http_error)
+    app.exception_handler(ServerError)(_on_server_error)
+
+
+async def _on_server_error(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, ServerError)
+    return error.response()
+
+
+async def _on_request_error(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestError)
+    return JSONResponse(error_body(str(error), "invalid_request_error", error.param), 400)
+
+
+async def _on_validation_error(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    param, reason = validation_reason(error.errors()[0])
+    message = f"{param or 'body'}: {reason}"
+    return JSONResponse(error_body(message, "invalid_request_error", param), 400)
+
+
+async def _on_http_error(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    body = error_body(str(error.detail), "invalid_request_error")
+    return JSONResponse(body, error.status_code, headers=dict(error.headers or {}))

@@ -1,0 +1,34 @@
+"""POST /v1/completions, plain or streamed."""
+
+import asyncio
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from minidsv.server.completions import CompletionRequest, choices_of, completion_body, make_requests
+from minidsv.server.exchange import exchange_of
+from minidsv.server.models import check_model
+from minidsv.server.responses import EventStream
+from minidsv.server.serving import Serving
+from minidsv.server.streams import STREAM_OR_JSON, Head, chunk_events
+
+
+def routes(serving: Serving) -> APIRouter:
+    router = APIRouter(tags=["OpenAI"], responses=STREAM_OR_JSON)
+
+    @router.post("/v1/completions")
+    async def completions(body: CompletionRequest, http: Request) -> Response:
+        check_model(serving, body.model)
+        engine = serving.engine
+        head = Head.of("cmpl", body.request_id or exchange_of(http).id, serving.model_name)
+        requests = await asyncio.to_thread(make_requests, engine, body, head.answer_id)
+        outputs = serving.run(http, requests)
+        if body.stream:
+            choices = choices_of(body, requests, engine.tokenizer)
+            chunk = head.fields("text_completion")
+            return EventStream(chunk_events(chunk, body, choices, outputs))
+        async for _ in outputs:
+            pass
+        return JSONResponse(completion_body(body, requests, engine.tokenizer, **vars(head)))
+
+    return router

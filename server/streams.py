@@ -1,0 +1,76 @@
+"""What both OpenAI routes do alike: the head of an answer, and its stream of chunks."""
+
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from minidsv.engine import StepOutput
+from minidsv.request import Request
+from minidsv.server.openai_request import OpenAIRequest, StreamOptions, usage
+from minidsv.server.responses import event
+
+STREAM_OR_JSON: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The answer; with stream: true as server-sent events.",
+        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+    }
+}
+"""What a generating route says of its answers in the schema."""
+
+
+class StreamedChoice(Protocol):
+    """One choice of the answer as its request goes on."""
+
+    request: Request
+    num_tokens: int  # output tokens in the parts so far
+
+    def parts(self, output: StepOutput) -> list[dict[str, Any]]:
+        """What one engine step brought, as items of `choices`."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """What every chunk of an answer repeats."""
+
+    answer_id: str
+    model: str
+    created: int
+
+    @classmethod
+    def of(cls, kind: str, name: str, model: str) -> "Head":
+        return cls(f"{kind}-{name}", model, int(time.time()))
+
+    def fields(self, object_name: str) -> dict[str, Any]:
+        return {
+            "id": self.answer_id,
+            "object": object_name,
+            "created": self.created,
+            "model": self.model,
+        }
+
+
+async def chunk_events(
+    head: Mapping[str, Any],
+    body: OpenAIRequest,
+    choices: Sequence[StreamedChoice],
+    outputs: AsyncIterator[list[StepOutput]],
+) -> AsyncIterator[bytes]:
+    """Server-sent events: one a choice and engine step, then the usage if it is asked for."""
+    options = body.stream_options or StreamOptions()
+    by_request = {choice.request: choice for choice in choices}
+    base = {**head, "usage": None} if options.include_usage else dict(head)
+    async for batch in outputs:
+        pieces = []
+        for output in batch:
+            choice = by_request[output.request]
+            for part in choice.parts(output):
+                chunk = base | {"choices": [part]}
+                if options.continuous_usage_stats:
+                    chunk["usage"] = usage([choice.request], choice.num_tokens)
+                pieces.append(event(chunk))
+        yield b"".join(pieces)
+    if options.include_usage:
+        total = sum(choice.num_tokens for choice in choices)
+        prompts = [choice.request for choice in choices[:: body.num_choices]]
+        yield event(base | {"choices": [], "usage": usage(prompts, total)})

@@ -1,0 +1,100 @@
+"""A live server: the application under uvicorn in a thread, on a real socket."""
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import uvicorn
+
+from minidsv.engine import Engine
+from minidsv.engine_config import EngineConfig
+from minidsv.server.app import create_app
+from minidsv.server.options import ServerOptions
+
+OPTIONS: dict[str, Any] = {"load_format": "random", "device": "cpu", "num_pages": 64}
+
+
+@dataclass
+class Served:
+    engine: Engine
+    server: uvicorn.Server
+    thread: threading.Thread
+    client: httpx.Client
+
+    @property
+    def idle(self) -> bool:
+        scheduler, pages = self.engine.scheduler, self.engine.block_manager
+        return not scheduler.has_work and pages.num_free == pages.num_pages
+
+    def generate(self, **body: Any) -> httpx.Response:
+        return self.client.post("/generate", json=body)
+
+    def send(self, **body: Any) -> socket.socket:
+        """A raw connection on which the request has been written."""
+        address = (self.client.base_url.host, self.client.base_url.port)
+        head = "POST /generate HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n"
+        content = json.dumps(body)
+        connection = socket.create_connection(address, timeout=10)
+        connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n{content}".encode())
+        return connection
+
+    def stop(self) -> None:
+        self.server.should_exit = True
+        self.thread.join(20)
+        assert not self.thread.is_alive()
+
+
+@contextmanager
+def serving(
+    options: ServerOptions | None = None, grace: int | None = None, **engine_options: Any
+) -> Iterator[Served]:
+    """The application under uvicorn in a thread, ready to answer."""
+    engine = Engine(EngineConfig(**OPTIONS | engine_options))
+    app = create_app(lambda: engine, options)
+    config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=grace)
+    server = uvicorn.Server(config)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = "http://127.0.0.1:%d" % listener.getsockname()[1]  # noqa: UP031
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        headers = {"Content-Type": "application/json"}
+        with httpx.Client(base_url=url, headers=headers, timeout=20) as client:
+            served = Served(engine, server, thread, client)
+            try:
+                wait_until(lambda: client.get("/ready").status_code == 200)
+                yield served
+            finally:
+                served.stop()
+
+
+def wait_until(condition: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 2
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.005)
+
+
+def events(response: httpx.Response) -> list[dict[str, Any]]:
+    """The JSON of each event but the last, which is [DONE]; every event is `data: ...` alone."""
+    assert response.status_code == 200
+    assert response.headers["content-type"].startswith("text/event-stream")
+    *blocks, done, rest = response.text.split("\n\n")
+    assert (done, rest) == ("data: [DONE]", "")
+    assert all(block.startswith("data: {") and "\n" not in block for block in blocks)
+    return [json.loads(block.removeprefix("data: ")) for block in blocks]
+
+
+def assert_error(response: httpx.Response, status: int, param: str | None, *parts: str) -> None:
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json"
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == ("server_error" if status >= 500 else "invalid_request_error")
+    assert (error["param"] or "").removesuffix(".0") == (param or "")
+    assert all(part in error["message"] for part in (param or "", *parts))
