@@ -1,6 +1,7 @@
 """What the server answers when it does not answer: OpenAI's nested error shape, everywhere."""
 
-import logging
+import math
+import random
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -11,7 +12,8 @@ from starlette.exceptions import HTTPException
 from minidsv.errors import RequestError
 from minidsv.server.protocol import validation_reason
 
-logger = logging.getLogger(__name__)
+RETRY_MS = (1000, 4000)
+FAILED = "the engine has failed; see the server's log"
 
 
 class ServerError(Exception):
@@ -41,15 +43,25 @@ def error_body(
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def unavailable(reason: str, retry_seconds: int = 5) -> ServerError:
-    """503: another time, or another server, may do."""
-    return ServerError(503, f"{reason}; try again", headers={"Retry-After": str(retry_seconds)})
+def unavailable(reason: str) -> ServerError:
+    """503: another time, or another server, may do.
+
+    Clients that were refused together are told different times, or they would come back together:
+    openai's obeys to the millisecond (Retry-After-Ms), others to the second.
+    """
+    wait_ms = random.randint(*RETRY_MS)
+    headers = {"Retry-After": str(math.ceil(wait_ms / 1000)), "Retry-After-Ms": str(wait_ms)}
+    return ServerError(503, f"{reason}; try again", headers=headers)
 
 
-def engine_failed(status: int = 503) -> ServerError:
-    """503 for those who come later; 500 for those who ran, since one of them may have done it."""
-    headers = {"Retry-After": "5"} if status == 503 else {"x-should-retry": "false"}
-    return ServerError(status, "the engine has failed; see the server's log", headers=headers)
+def engine_failed() -> ServerError:
+    """For those who come later, to whom another server may be of use."""
+    return unavailable(FAILED)
+
+
+def engine_failed_running() -> ServerError:
+    """For those who ran: one of them may have done it, and would do it again."""
+    return ServerError(500, FAILED, headers={"x-should-retry": "false"})
 
 
 def bug() -> ServerError:

@@ -12,7 +12,7 @@ from minidsv.engine import Engine
 from minidsv.errors import MinidsvError
 from minidsv.request import Request
 from minidsv.server.engine_loop import EngineLoop, Step
-from minidsv.server.errors import ServerError, engine_failed, unavailable
+from minidsv.server.errors import ServerError, engine_failed, engine_failed_running, unavailable
 from minidsv.server.exchange import Exchange, Run, exchange_of
 from minidsv.server.metrics import Metrics
 from minidsv.server.options import ServerOptions
@@ -129,7 +129,7 @@ class Serving:
         else:
             return
         self.metrics.rejected("queue_full")
-        raise unavailable(f"the queue is full: {limit}", retry_seconds=1)
+        raise unavailable(f"the queue is full: {limit}")
 
     def _abort(self, requests: Sequence[Request]) -> None:
         for request in requests:
@@ -167,5 +167,5 @@ class Serving:
         self.error = error
         if error is not None and not isinstance(error, MinidsvError):
             logger.error("the engine failed and cannot go on", exc_info=error)
-        self._fail_all(engine_failed(500))
+        self._fail_all(engine_failed_running())
         self.has_ended.set()

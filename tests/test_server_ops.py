@@ -1,0 +1,389 @@
+"""Around the engine: keys, limits, deadlines, aborts, health, metrics, logs."""
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from minidsv.errors import ConfigError
+from minidsv.server.app import create_app
+from minidsv.server.logs import TextFormatter
+from minidsv.server.options import ServerOptions
+from served import Served, assert_error, events, serving, wait_until
+
+SHORT = {"max_new_tokens": 4, "ignore_eos": True}
+ENDLESS = {"max_new_tokens": 3000, "ignore_eos": True}
+BOTH_WAYS = pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Served]:
+    with serving() as running:
+        yield running
+
+
+@pytest.fixture
+def slow_steps(served: Served, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Steps of the engine take 50 ms more; grows by the time at which each one begins."""
+    return slow_down(served, monkeypatch)
+
+
+def slow_down(served: Served, monkeypatch: pytest.MonkeyPatch, seconds: float = 0.05) -> Any:
+    steps: list[float] = []
+    execute = served.engine.runner.execute
+
+    def slow(*args: Any) -> Any:
+        steps.append(time.monotonic())
+        time.sleep(seconds)
+        return execute(*args)
+
+    monkeypatch.setattr(served.engine.runner, "execute", slow)
+    return steps
+
+
+def metrics(served: Served) -> dict[str, float]:
+    """Samples by name, label values other than the model's appended."""
+    families = text_string_to_metric_families(served.client.get("/metrics").text)
+    samples = {}
+    for sample in (sample for family in families for sample in family.samples):
+        assert sample.labels.pop("model_name") == "tiny"
+        name = ":".join([sample.name.removeprefix("minidsv:"), *sample.labels.values()])
+        samples[name] = sample.value
+    return samples
+
+
+# Keys
+
+KEYS = ServerOptions(api_key=("first-key", "second-key"))
+ACCEPTED = ["Bearer first-key", "Bearer second-key", "bearer  second-key"]
+REFUSED = [None, "", "first-key", "Bearer", "Bearer first", "Bearer first-keys", "Basic first-key",
+           "Bearer first-key second-key", "Bearer \xe4"]  # fmt: skip
+
+
+def test_keys() -> None:
+    with serving(KEYS) as served:
+        for value in REFUSED:
+            headers = {} if value is None else {"Authorization": value.encode("latin-1")}
+            for path in ("/metrics", "/generate", "/v1/models", "/nowhere"):
+                response = served.client.get(path, headers=headers)
+                assert_error(response, 401, None, "Bearer")
+                assert response.headers["www-authenticate"] == "Bearer"
+            assert served.client.get("/health", headers=headers).status_code == 200
+            assert served.client.get("/ready", headers=headers).status_code == 200
+        for value in ACCEPTED:
+            headers = {"Authorization": value}
+            assert served.client.get("/metrics", headers=headers).status_code == 200
+            body = {"text": "a", "sampling_params": SHORT}
+            assert served.client.post("/generate", json=body, headers=headers).status_code == 200
+
+
+def test_metrics_can_be_opened(tmp_path: Any) -> None:
+    (tmp_path / "keys").write_text("one\n\n  two \n")
+    options = ServerOptions(api_key_file=str(tmp_path / "keys"), open_metrics=True)
+    with serving(options) as served:
+        assert served.client.get("/metrics").status_code == 200
+        assert served.generate(text="a").status_code == 401
+        served.client.headers["Authorization"] = "Bearer two"
+        assert served.generate(text="a", sampling_params=SHORT).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"port": 70000}, "port: 70000"),
+        ({"port": True}, "port: True"),
+        ({"max_queued_requests": 0}, "max_queued_requests: 0"),
+        ({"request_timeout": float("nan")}, "request_timeout: nan"),
+        ({"drain_seconds": -1.0}, "drain_seconds: -1.0"),
+        ({"log_level": "loud"}, "log_level: 'loud'"),
+        ({"served_model_name": ""}, "served_model_name: ''"),
+        ({"api_key": ("",)}, "api_key"),
+        ({"api_key": ("a b",)}, "api_key"),
+        ({"api_key": ("\xe4",)}, "api_key"),
+        ({"api_key_file": "/nowhere/keys"}, "api_key_file: /nowhere/keys"),
+        ({"api_key_file": "/dev/null"}, "api_key_file: /dev/null"),
+    ],
+    ids=str,
+)
+def test_bad_option_is_named(options: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        create_app(lambda: pytest.fail("it loads"), ServerOptions(**options))
+
+
+# Bodies and identities
+
+
+def test_body_limit() -> None:
+    def pieces() -> Iterator[bytes]:
+        yield from [b'{"text": "', *[b"a" * 100] * 20, b'"}']
+
+    body = {"text": "a", "sampling_params": SHORT}
+    with serving(ServerOptions(max_body_bytes=1000)) as served:
+        assert served.client.post("/generate", json=body).status_code == 200
+        exact = json.dumps(body).ljust(1000).encode()
+        assert served.client.post("/generate", content=exact).status_code == 200
+        for path in ("/generate", "/nowhere"):
+            response = served.client.post(path, content=exact + b" ")
+            assert_error(response, 413, None, "1000 bytes")
+        assert_error(served.client.post("/generate", content=pieces()), 413, None, "1000 bytes")
+        assert served.client.post("/generate", json=body).status_code == 200
+
+
+@pytest.mark.parametrize("given", ["mine-1", "~" * 128, "", "a b", "x" * 129, "\xe4", None])
+@pytest.mark.parametrize("path", ["/health", "/nowhere", "/generate"])
+def test_request_id(given: str | None, path: str, served: Served) -> None:
+    headers = {} if given is None else {"X-Request-Id": given.encode("latin-1")}
+    answers = [served.client.get(path, headers=headers).headers for _ in range(2)]
+    ids = [headers["x-request-id"] for headers in answers]
+    if given in ("mine-1", "~" * 128):
+        assert ids == [given, given]
+    else:
+        assert len(set(ids)) == 2
+        assert all(len(i) == 32 for i in ids)
+
+
+# Queue
+
+
+def test_full_queue_refuses_with_advice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """50 clients at once on a queue of 4: answers and refusals only, and both are counted."""
+    with serving(ServerOptions(max_queued_requests=4), max_num_seqs=2) as served:
+        slow_down(served, monkeypatch, 0.01)
+        body = {"text": "a", "sampling_params": SHORT}
+        with ThreadPoolExecutor(50) as pool:
+            answers = list(pool.map(lambda _: served.generate(**body), range(50)))
+        refused = [answer for answer in answers if answer.status_code != 200]
+        assert 0 < len(refused) < 50
+        for answer in refused:
+            assert_error(answer, 503, None, "queue is full", "4")
+            seconds, exact = answer.headers["retry-after"], answer.headers["retry-after-ms"]
+            assert 1 <= int(exact) / 1000 <= int(seconds) <= 4
+        assert len({answer.headers["retry-after-ms"] for answer in refused}) > len(refused) / 2
+        samples = metrics(served)
+        assert samples["admission_rejections_total:queue_full"] == len(refused)
+        assert samples["request_success_total:length"] == 50 - len(refused)
+
+
+def test_clients_that_retry_end_well() -> None:
+    """The openai client's own two retries, spread by what it is told, get 40 past a queue of 4."""
+    with serving(ServerOptions(max_queued_requests=4), max_num_seqs=2) as served:
+        client = openai.OpenAI(base_url=f"{served.client.base_url}/v1", api_key="none")
+
+        def ask(_: int) -> int:
+            params: Any = {"max_tokens": 4, "extra_body": {"ignore_eos": True}}
+            answer = client.completions.create(model="tiny", prompt="a", **params)
+            assert answer.usage is not None
+            return answer.usage.completion_tokens
+
+        with client, ThreadPoolExecutor(40) as pool:
+            assert list(pool.map(ask, range(40))) == [4] * 40
+
+
+def test_queued_tokens_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty queue takes a prompt of any length; then prompts must fit beside what waits."""
+    with serving(ServerOptions(max_queued_tokens=100), max_num_seqs=1) as served:
+        slow_down(served, monkeypatch)
+        bodies = [{"input_ids": [5] * n, "sampling_params": ENDLESS} for n in (3, 90, 11, 10)]
+        with served.send(**bodies[0]):
+            wait_until(lambda: served.engine.scheduler.running)
+            with served.send(**bodies[1]):
+                wait_until(lambda: served.engine.scheduler.waiting)
+                assert_error(served.generate(**bodies[2]), 503, None, "101 prompt tokens", "100")
+                with served.send(**bodies[3]):
+                    wait_until(lambda: len(served.engine.scheduler.waiting) == 2)
+        wait_until(lambda: served.idle)
+        assert served.generate(input_ids=[5] * 101, sampling_params=SHORT).status_code == 200
+
+
+def test_a_call_larger_than_the_queue_is_no_matter_of_time() -> None:
+    with serving(ServerOptions(max_queued_requests=4)) as served:
+        body = {"model": "tiny", "prompt": ["a"] * 5, "max_tokens": 2}
+        assert_error(served.client.post("/v1/completions", json=body), 400, None, "5", "4")
+
+
+# Deadlines and aborts
+
+
+@BOTH_WAYS
+@pytest.mark.parametrize("when", ["queued", "decode"])
+def test_deadline(when: str, stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(ServerOptions(request_timeout=0.3), max_num_seqs=1) as served:
+        monkeypatch.setattr(served.engine.scheduler, "max_num_seqs", int(when == "decode"))
+        slow_down(served, monkeypatch, 0.01)
+        # An engine that may run nothing waits for more work, as a busy one would.
+        monkeypatch.setattr(served.engine, "step", stepping(served, when))
+        begin = time.monotonic()
+        answer = served.generate(text="a", sampling_params=ENDLESS, stream=stream)
+        assert 0.3 <= time.monotonic() - begin < 1.5
+        if stream:
+            parts = events(answer)
+            assert "0.3 s" in parts[-1]["error"]["message"]
+            assert (len(parts) > 1) == (when == "decode")
+        else:
+            assert_error(answer, 504, None, "0.3 s")
+            assert answer.headers["x-should-retry"] == "false"
+        wait_until(lambda: served.idle)
+        assert metrics(served)["request_success_total:abort"] == 1
+
+
+def stepping(served: Served, when: str) -> Callable[[], Any]:
+    step = served.engine.step
+    return step if when == "decode" else lambda: time.sleep(0.01) or []
+
+
+def openai_stream(client: openai.OpenAI) -> None:
+    stream = client.completions.create(
+        model="tiny", prompt="a", max_tokens=1500, stream=True, extra_body={"ignore_eos": True}
+    )
+    with stream:
+        for _ in zip(range(5), stream, strict=False):
+            pass
+
+
+def openai_timeout(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.APITimeoutError):
+        client.with_options(timeout=0.3, max_retries=0).completions.create(
+            model="tiny", prompt="a", max_tokens=1500, extra_body={"ignore_eos": True}
+        )
+
+
+@pytest.mark.parametrize("leave", [openai_stream, openai_timeout])
+def test_client_that_leaves_frees_its_pages_within_two_steps(
+    leave: Callable[[openai.OpenAI], None], served: Served, slow_steps: list[float]
+) -> None:
+    with openai.OpenAI(base_url=f"{served.client.base_url}/v1", api_key="none") as client:
+        leave(client)
+        left = time.monotonic()
+        wait_until(lambda: served.idle)
+    assert len(slow_steps) >= 3
+    assert len([step for step in slow_steps if step > left]) <= 2
+
+
+# Health
+
+
+def test_a_stalled_step_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on = threading.Event()
+    with serving(ServerOptions(stall_seconds=0.2)) as served, ThreadPoolExecutor(1) as pool:
+        time.sleep(0.3)
+        assert served.client.get("/health").status_code == 200, "idle is not stalled"
+        execute = served.engine.runner.execute
+        monkeypatch.setattr(
+            served.engine.runner, "execute", lambda *a: go_on.wait(10) and execute(*a)
+        )
+        running = pool.submit(served.generate, text="a", sampling_params=SHORT)
+        wait_until(lambda: served.client.get("/health").status_code == 503)
+        assert_error(served.client.get("/ready"), 503, None, "step")
+        assert_error(served.generate(text="b", sampling_params=SHORT), 503, None, "step")
+        go_on.set()
+        assert running.result().status_code == 200
+        assert served.client.get("/health").status_code == 200
+        assert metrics(served)["admission_rejections_total:unhealthy"] == 1
+
+
+# Metrics and logs
+
+
+def test_metrics_equal_what_was_answered() -> None:
+    with serving(max_num_batched_tokens=8) as served:
+        before = metrics(served)
+        assert before["num_requests_running"] == before["prompt_tokens_total"] == 0
+        answers = [
+            served.generate(input_ids=[5] * n, sampling_params=SHORT | {"max_new_tokens": n}).json()
+            for n in range(1, 20, 3)
+        ]
+        after = metrics(served)
+    usages = [answer["meta_info"] for answer in answers]
+    count, made = len(usages), sum(usage["completion_tokens"] for usage in usages)
+    prompts = sum(usage["prompt_tokens"] for usage in usages)
+    assert after["prompt_tokens_total"] == prompts
+    assert after["generation_tokens_total"] == made
+    assert after["request_success_total:length"] == count
+    for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
+        assert after[name] == 0
+    for name in (
+        "time_to_first_token_seconds", "e2e_request_latency_seconds", "request_queue_time_seconds",
+        "request_prefill_time_seconds", "request_decode_time_seconds", "request_params_max_tokens",
+    ):  # fmt: skip
+        assert after[f"{name}_count"] == count, name
+    assert after["inter_token_latency_seconds_count"] == made - count
+    # The last token of an answer is never computed.
+    assert after["iteration_tokens_total_sum"] == prompts + made - count
+    assert after["request_params_max_tokens_sum"] == sum(range(1, 20, 3))
+    phases = ("queue_time", "prefill_time", "decode_time")
+    whole = sum(after[f"request_{phase}_seconds_sum"] for phase in phases)
+    assert whole == pytest.approx(after["e2e_request_latency_seconds_sum"], abs=1e-6)
+
+
+def test_gauges_show_the_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(max_num_seqs=1) as served:
+        body = {"input_ids": [5] * 100, "sampling_params": ENDLESS}
+        with served.send(**body), served.send(**body):
+            wait_until(lambda: served.engine.scheduler.running and served.engine.scheduler.waiting)
+            samples = metrics(served)
+            assert samples["num_requests_running"] == samples["num_requests_waiting"] == 1
+            assert samples["kv_cache_usage_perc"] > 0
+
+
+def test_openmetrics_is_served_to_who_asks(served: Served) -> None:
+    headers = {"Accept": "application/openmetrics-text; version=1.0.0"}
+    response = served.client.get("/metrics", headers=headers)
+    assert response.headers["content-type"].startswith("application/openmetrics-text")
+    assert response.text.endswith("# EOF\n")
+
+
+def test_one_log_line_a_call(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+    secret, headers = "whisper", {"X-Request-Id": "mine"}
+    with caplog.at_level(logging.INFO):
+        body = {"text": secret, "sampling_params": SHORT, "stream": True}
+        served.client.post("/generate", json=body, headers=headers)
+        served.client.get("/nowhere?" + secret, headers={"X-Request-Id": "lost"})
+        served.client.get("/health")
+        wait_until(lambda: len(caplog.records) >= 2)
+    first, second = (record for record in caplog.records if record.name == "minidsv.server.logs")
+    fields: dict[str, Any] = first.fields  # type: ignore[attr-defined]
+    times = [fields.pop(name) for name in ("queue_ms", "ttft_ms", "total_ms")]
+    assert times == sorted(times)
+    assert times[0] >= 0
+    assert first.getMessage() == "POST /generate"
+    prompt = len(served.engine.tokenizer.encode(secret))
+    assert fields == {
+        "id": "mine", "status": 200, "finish": "length",
+        "prompt_tokens": prompt, "generated_tokens": 4,
+    }  # fmt: skip
+    assert second.fields | {"total_ms": 0} == {"id": "lost", "status": 404, "total_ms": 0}  # type: ignore[attr-defined]
+    assert not any(secret in TextFormatter().format(r) + str(vars(r)) for r in (first, second))
+
+
+def test_status_lines_only_under_load(caplog: pytest.LogCaptureFixture) -> None:
+    def lines() -> list[dict[str, Any]]:
+        return [r.fields for r in caplog.records if r.getMessage() == "status"]  # type: ignore[attr-defined]
+
+    options = ServerOptions(status_seconds=0.05)
+    with caplog.at_level(logging.INFO), serving(options) as served:
+        time.sleep(0.2)
+        assert not lines()
+        with served.send(text="a", sampling_params=ENDLESS):
+            wait_until(lambda: len(lines()) >= 3)
+        wait_until(lambda: served.idle)
+    line = lines()[1]
+    assert (line["running"], line["waiting"]) == (1, 0)
+    assert line["tokens_per_s"] > 0
+    assert 0 < line["kv_cache_usage"] <= 1
+
+
+def test_a_bug_is_a_500_that_is_not_retried(served: Served, monkeypatch: Any) -> None:
+    monkeypatch.setattr(served.engine, "tokenizer", None)  # using it raises
+    response = served.generate(text="a")
+    assert_error(response, 500, None, "internal error")
+    assert response.headers["x-should-retry"] == "false"
+    assert isinstance(response, httpx.Response)
+    assert response.headers["x-request-id"]
