@@ -28,7 +28,7 @@ def main() -> None:
         page.locator("#output .token").first.hover()
         box = page.locator("#strip").bounding_box()
         assert box is not None, "the server reported no selection"
-        page.mouse.move(box["x"] + box["width"] * 0.0835, box["y"] + box["height"] * 0.55)
+        page.mouse.move(box["x"] + box["width"] * 0.074, box["y"] + box["height"] * 0.35)
         page.screenshot(path=options.out, full_page=True)
         browser.close()
 

@@ -1,5 +1,6 @@
 """The page at `/`: its files and headers, and what a person sees of it in headless Chromium."""
 
+import math
 import re
 import shutil
 import socket
@@ -20,14 +21,10 @@ from minidsv.engine import Engine
 from minidsv.engine_config import EngineConfig
 from minidsv.server import page
 from minidsv.server.app import create_app
-from minidsv.server.protocol import GenerateRequest
 
 FILES = sorted(page.STATIC.iterdir())
 FACT = "Question: What is the capital of France?\nAnswer:"
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
-needs_logprobs = pytest.mark.skipif(
-    "return_logprob" not in GenerateRequest.model_fields, reason="POST /generate has no logprobs"
-)
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +139,12 @@ def answer(url: str, text: str, **fields: Any) -> dict[str, Any]:
     return httpx.post(f"{url}/generate", json=body, timeout=20).json()
 
 
+def needs(url: str, name: str) -> None:
+    """Skip where the server has no such path or field."""
+    if f'"{name}"' not in httpx.get(f"{url}/openapi.json").text:
+        pytest.skip(f"this server has no {name}")
+
+
 def wait_until(condition: Callable[[], Any]) -> None:
     deadline = time.monotonic() + 10
     while not condition():
@@ -191,8 +194,8 @@ def test_a_refusal_is_shown_in_its_words(chromium: Any, bundled: tuple[str, Engi
 
 
 @pytest.mark.browser
-@needs_logprobs
 def test_hover_shows_probabilities(view: Any, bundled: tuple[str, Engine]) -> None:
+    needs(bundled[0], "return_logprob")
     asked = {"return_logprob": True, "top_logprobs_num": 5}
     info = answer(bundled[0], FACT, **asked)["meta_info"]
     generate(view, prompt=FACT)
@@ -202,9 +205,8 @@ def test_hover_shows_probabilities(view: Any, bundled: tuple[str, Engine]) -> No
         shown = view.locator("#alternatives .share").all_text_contents()
         assert len(shown) == len(tops) == 5
         for text, (logprob, *_) in zip(shown, tops, strict=True):
-            assert float(text.removesuffix(" %")) == pytest.approx(
-                100 * 2.718281828**logprob, abs=0.051
-            )
+            share = 100 * math.exp(logprob)
+            assert float(text.strip("< %")) == pytest.approx(share, abs=0.051)
     assert view.locator("#alternatives [aria-current]").count() == 1
 
 
@@ -251,6 +253,46 @@ def test_the_strip_shows_what_the_api_says(view: Any, bundled: tuple[str, Engine
     view.locator("#output .token").nth(0).hover()
     chosen = [layer for layer in lit(view, columns) if set(layer) & set(record)]
     assert len(chosen) >= 2, "two layers at least select in the record ` Cara = lamp`"
+
+
+@pytest.mark.browser
+def test_the_prompt_is_shaded_and_marked(view: Any, bundled: tuple[str, Engine]) -> None:
+    """Its tokens in the colour of how many layers selected them; text to mark is found in it."""
+    url, engine = bundled
+    needs(url, "/tokenize")
+    prompt = view.input_value("#prompt")
+    selection = answer(url, prompt, return_indexer_topk=True)["meta_info"]["indexer_topk"][0]
+    generate(view)
+    view.locator("#output .token").nth(0).hover()
+    ids = engine.tokenizer.encode(prompt)
+    texts = [engine.tokenizer.token_text(token) for token in ids]
+    assert view.locator("#context span").all_text_contents() == texts
+    heats = "spans => spans.map((span) => Number(span.style.getPropertyValue('--heat')))"
+    layers = selection["layers"]
+    want = [sum(i in layer for layer in layers) / len(layers) for i in range(len(ids))]
+    assert view.locator("#context span").evaluate_all(heats) == pytest.approx(want)
+    first = texts.index(" Cara")
+    touching = sum(any(first <= i <= first + 2 for i in layer) for layer in layers)
+    assert view.locator("#context .marked").all_text_contents() == [" Cara", " =", " lamp"]
+    said = f"positions {first} to {first + 2}: {touching} of 5 layers selected there"
+    assert view.text_content("#marked") == said
+    box = view.locator("#strip").bounding_box()
+    view.mouse.move(box["x"] + box["width"] * (first + 2.5) / (len(ids) + 2), box["y"] + 20)
+    assert view.text_content("#cell").startswith(f'position {first + 2} " lamp" · layer 0')
+    assert view.locator("#context .here").text_content() == " lamp"
+
+
+@pytest.mark.browser
+def test_load_is_shown(view: Any, bundled: tuple[str, Engine]) -> None:
+    needs(bundled[0], "/metrics")
+    view.fill("[name=max_new_tokens]", "4000")
+    view.check("[name=ignore_eos]")
+    view.click("#run")
+    view.locator("#running:text-is('1')").wait_for()
+    assert float(view.text_content("#kv").removesuffix(" %")) > 0
+    view.click("#abort")
+    view.locator("#running:text-is('0')").wait_for()
+    view.locator("#kv:text-is('0.0 %')").wait_for()
 
 
 @pytest.mark.browser

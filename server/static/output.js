@@ -119,5 +119,6 @@ export function quoted(text) {
 }
 
 function percent(share) {
+  if (share < 0.00005) return "< 0.01 %";
   return `${(100 * share).toFixed(share < 0.0995 ? 2 : 1)} %`;
 }

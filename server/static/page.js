@@ -13,10 +13,13 @@ const $ = (id) => document.getElementById(id);
 const server = new Server();
 const output = new Output($("output"), $("token"), showSelection);
 const strip = new Strip($("strip"), $("layers"), showCell);
-let features = {};
+let features = {}; // what the server offers
+let connected; // a promise: the features are known
 let running = null; // AbortController of the request under way
 let promptTexts = []; // of the prompt's tokens, where the server tells them
 let promptLength = 0;
+let marks = []; // [first, last] positions of the marked text
+let rows = []; // of the strip
 
 async function connect() {
   try {
@@ -40,21 +43,24 @@ function samplingParams() {
   return stop ? { ...params, stop: [stop] } : params;
 }
 
+function requestBody(text) {
+  const body = { text, sampling_params: samplingParams(), return_indexer_topk: $("record").checked };
+  if (!features.logprobs) return body;
+  const logprobs = { return_logprob: true, return_text_in_logprobs: true };
+  return { ...body, ...logprobs, top_logprobs_num: TOP_LOGPROBS };
+}
+
 async function run() {
   const text = $("prompt").value;
-  const body = { text, sampling_params: samplingParams(), return_indexer_topk: $("record").checked };
-  if (features.logprobs) {
-    const wanted = { return_logprob: true, return_text_in_logprobs: true };
-    Object.assign(body, wanted, { top_logprobs_num: TOP_LOGPROBS });
-  }
   running = new AbortController();
   reset();
   const stats = new Stats();
   try {
+    await connected;
     promptTexts = features.tokenize ? await server.tokenTexts(text) : [];
     showContext();
     stats.start();
-    for await (const event of server.generate(body, running.signal)) {
+    for await (const event of server.generate(requestBody(text), running.signal)) {
       take(event);
       stats.show(output.tokens.length);
       const reason = event.meta_info.finish_reason;
@@ -114,7 +120,7 @@ class Stats {
 function showSelection({ selection }, index) {
   $("selection").hidden = !selection;
   if (!selection) return;
-  const rows = rowsOf(selection);
+  rows = rowsOf(selection);
   const shared = rows.filter((row) => row.source !== undefined).length;
   const chosen = `${rows[0].positions.length} of ${selection.num_keys} positions`;
   $("summary").textContent =
@@ -124,10 +130,11 @@ function showSelection({ selection }, index) {
       : `Token ${index + 1}: ${chosen} in each of ${rows.length} layers` +
         (shared ? `; ${shared} of them share the choice of an earlier layer.` : ".");
   strip.show(selection, promptLength + output.tokens.length, promptLength);
-  shade(rows);
+  shade();
+  tellMark();
 }
 
-function shade(rows) {
+function shade() {
   const counts = new Map();
   for (const { positions } of rows) {
     for (const position of positions) counts.set(position, (counts.get(position) ?? 0) + 1);
@@ -170,12 +177,20 @@ function showCell(cell) {
 
 /** Bracket the prompt's tokens that the marked text touches. */
 function showMark() {
-  const ranges = $("mark").value ? occurrences(promptTexts, $("mark").value) : [];
-  strip.mark(ranges);
-  const inside = new Set(ranges.flatMap(([a, b]) => range(a, b + 1)));
-  [...$("context").children].forEach((span, i) => span.classList.toggle("marked", inside.has(i)));
-  const where = ranges.map(([a, b]) => `${a} to ${b}`).join(", ");
-  $("marked").textContent = ranges.length ? `positions ${where}` : "";
+  const wanted = $("mark").value;
+  marks = wanted ? occurrences(promptTexts, wanted) : [];
+  strip.mark(marks);
+  [...$("context").children].forEach((span, i) => span.classList.toggle("marked", isMarked(i)));
+  tellMark();
+}
+
+const isMarked = (position) => marks.some(([first, last]) => first <= position && position <= last);
+
+function tellMark() {
+  const where = marks.map(([first, last]) => `${first} to ${last}`).join(", ");
+  const touching = rows.filter(({ positions }) => positions.some(isMarked)).length;
+  $("marked").textContent =
+    where && `positions ${where}: ${touching} of ${rows.length} layers selected there`;
 }
 
 /** [first, last] tokens of each place where `wanted` stands in the joined texts. */
@@ -188,8 +203,6 @@ function occurrences(texts, wanted) {
   }
   return found;
 }
-
-const range = (from, to) => Array.from({ length: to - from }, (_, i) => from + i);
 
 async function poll() {
   if (!features.metrics || document.hidden) return;
@@ -227,12 +240,11 @@ $("abort").addEventListener("click", () => running?.abort());
 $("mark").addEventListener("input", showMark);
 $("key").addEventListener("change", () => {
   server.key = $("key").value;
-  connect();
+  connected = connect();
 });
 for (const button of document.querySelectorAll("[data-example]")) {
   button.addEventListener("click", () => useExample(EXAMPLES[button.dataset.example]));
 }
 useExample(EXAMPLES.retrieval);
-await connect();
+connected = connect();
 setInterval(poll, POLL_MS);
-poll();
