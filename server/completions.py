@@ -14,11 +14,11 @@ from pydantic_core import PydanticCustomError
 from minidsv.engine import Engine, StepOutput
 from minidsv.errors import RequestError
 from minidsv.request import LogprobDict, Request, SamplingParams
-from minidsv.server.openai_request import OpenAIRequest, finite, prompt_logprobs, usage
-from minidsv.server.protocol import Flag, Integer, check_unicode, validation_reason
+from minidsv.server.openai_request import OpenAIRequest, prompt_logprobs, usage
+from minidsv.server.protocol import Flag, Integer, check_unicode, finite, validation_reason
 from minidsv.tokenizer import Tokenizer
 
-MAX_PROMPTS = 1024  # of one body
+MAX_CHOICES = 1024  # of one body
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {"suffix": ()}
 
 
@@ -31,8 +31,8 @@ def _prompts(value: Any) -> list[str | list[int]]:
         raise PydanticCustomError(
             "prompt", "Input should be text, a list of texts, token ids, or a list of such lists"
         )
-    if not 0 < len(items) <= MAX_PROMPTS:
-        raise PydanticCustomError("prompt", f"Input should be 1 to {MAX_PROMPTS} prompts")
+    if not 0 < len(items) <= MAX_CHOICES:
+        raise PydanticCustomError("prompt", f"Input should be 1 to {MAX_CHOICES} prompts")
     for item in items:
         if isinstance(item, str):
             check_unicode(item)
@@ -70,16 +70,15 @@ class CompletionRequest(OpenAIRequest):
             raise RequestError(field or "body", reason) from None
 
     def to_params(self) -> SamplingParams:
-        """Our parameters, with OpenAI's default of 16 tokens; raises RequestError."""
+        """Our parameters, which have OpenAI's default of 16 tokens too; raises RequestError."""
         self.check(_UNSUPPORTED)
+        if len(self.prompt) * (self.n or 1) > MAX_CHOICES:
+            choices = f"{len(self.prompt)} prompts of {self.n} choices are too many"
+            raise RequestError("n", f"{choices}; accepted: {MAX_CHOICES} choices")
         asked = [self.prompt_logprobs, self.logprobs if self.echo else None]
         known = [count for count in asked if count is not None]
-        return SamplingParams(
-            max_tokens=16 if self.max_tokens is None else self.max_tokens,
-            logprobs=self.logprobs,
-            prompt_logprobs=max(known) if known else None,
-            **self.sampling(),
-        )
+        prompt_logprobs = {"prompt_logprobs": max(known) if known else None}
+        return SamplingParams(**self.sampling() | prompt_logprobs)
 
 
 def make_requests(
@@ -90,7 +89,7 @@ def make_requests(
     requests = []
     for number, prompt in enumerate(body.prompt):
         try:
-            requests.append(_make_request(engine, body, prompt, params, request_id))
+            requests += _make_requests(engine, body, prompt, params, request_id)
         except RequestError as error:
             if error.param != "prompt" or len(body.prompt) == 1:
                 raise
@@ -99,23 +98,25 @@ def make_requests(
     return requests
 
 
-def _make_request(
+def _make_requests(
     engine: Engine,
     body: CompletionRequest,
     prompt: str | list[int],
     params: SamplingParams,
     request_id: str | None,
-) -> Request:
-    """Token ids get their text where it has to be echoed."""
+) -> list[Request]:
+    """Those of one prompt. Token ids get their text where it has to be echoed."""
     if isinstance(prompt, str):
         ids = engine.tokenizer.encode(
             prompt, add_special_tokens=body.add_special_tokens is not False
         )
-        return engine.make_request(ids, params, prompt, request_id)
-    request = engine.make_request(prompt, params, None, request_id)
+        return engine.make_requests(ids, params, prompt, request_id)
+    requests = engine.make_requests(prompt, params, None, request_id)
     if body.echo:
-        request.prompt = engine.tokenizer.decode(prompt)
-    return request
+        text = engine.tokenizer.decode(prompt)
+        for request in requests:
+            request.prompt = text
+    return requests
 
 
 def completion_body(
@@ -139,15 +140,18 @@ def completion_body(
             choice.part(choice.request.text, count, finished=True)
             for choice, count in zip(choices, counts, strict=True)
         ],
-        "usage": usage(requests[:: body.num_choices], sum(counts)),
+        "usage": usage(requests[:: body.n or 1], sum(counts)),
     }
 
 
 def choices_of(
     body: CompletionRequest, requests: Sequence[Request], tokenizer: Tokenizer
 ) -> list["Choice"]:
-    """One a request, with its number in the answer."""
-    return [Choice(body, index, request, tokenizer) for index, request in enumerate(requests)]
+    """One a request, with its number in the answer: those of the first prompt come first."""
+    return [
+        Choice(body, index, request, requests[index - request.index], tokenizer)
+        for index, request in enumerate(requests)
+    ]
 
 
 @dataclass
@@ -157,6 +161,7 @@ class Choice:
     body: CompletionRequest
     index: int
     request: Request
+    scored: Request  # the first of the prompt's, which alone computes the prompt's logprobs
     tokenizer: Tokenizer
     num_tokens: int = 0  # output tokens in the parts so far
     _text_offset: int = 0  # characters of the tokens in the parts so far
@@ -186,7 +191,7 @@ class Choice:
         if body.return_token_ids and starts:
             part["prompt_token_ids"] = request.prompt_token_ids
         if body.prompt_logprobs is not None and starts:
-            part["prompt_logprobs"] = prompt_logprobs(request, body.prompt_logprobs)
+            part["prompt_logprobs"] = prompt_logprobs(self.scored, body.prompt_logprobs)
         return part
 
     def _stop_text(self) -> str:
@@ -210,7 +215,7 @@ class Choice:
         known: list[LogprobDict | None] = list(request.logprobs[first : self.num_tokens])
         if echo:
             tokens = request.prompt_token_ids + tokens
-            known = request.prompt_logprobs + known
+            known = self.scored.prompt_logprobs + known
         names = [self._name(token, entries) for token, entries in zip(tokens, known, strict=True)]
         own = [
             None if entries is None else finite(entries[token].logprob)

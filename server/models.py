@@ -20,7 +20,7 @@ def routes(serving: Serving) -> APIRouter:
             "object": "model",
             "created": created,
             "owned_by": "minidsv",
-            "max_model_len": serving.engine.max_request_tokens,
+            "max_model_len": serving.engine.intake.max_request_tokens,
         }
 
     @router.get("/v1/models")

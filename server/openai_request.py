@@ -1,23 +1,29 @@
 """Fields that OpenAI's completion and chat bodies share, with vLLM's additions."""
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from minidsv.errors import RequestError
-from minidsv.request import MAX_INT, Request
-from minidsv.server.protocol import Flag, Integer, Number, Text, Texts, refuse_unsupported
+from minidsv.request import MAX_INT, Request, SamplingParams
+from minidsv.server.protocol import (
+    MAX_LOGPROBS,
+    Biases,
+    Flag,
+    Integer,
+    Number,
+    Text,
+    Texts,
+    finite,
+    given,
+    refuse_unsupported,
+)
 
 # Documented fields of OpenAI, vLLM and SGLang that we lack on both routes -> values that ask for
 # nothing (None and what is empty always do).
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "min_p": (0,),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
-    "logit_bias": (),
     "cache_salt": (),
     "best_of": (1,),
     "use_beam_search": (False,),
@@ -59,6 +65,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "session_params": (),
     "rid": (),
 }
+_SAMPLING = {parameter.name for parameter in fields(SamplingParams)}
 _UNSUPPORTED_STREAM: dict[str, tuple[Any, ...]] = {"include_obfuscation": (False,)}
 
 
@@ -75,19 +82,25 @@ class OpenAIRequest(BaseModel):
 
     model_config = ConfigDict(extra="allow")
     model: Text | None = None
+    n: Annotated[Integer, Field(ge=1, le=128)] | None = None  # choices a prompt
     stream: Flag = None
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[Integer, Field(ge=0)] | None = None
     min_tokens: Annotated[Integer, Field(ge=0)] | None = None
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
+    min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     top_k: Annotated[Integer, Field(ge=-1)] | None = None
+    presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[Number, Field(gt=0)] | None = None
+    logit_bias: Biases | None = None
     seed: Integer | None = None
     stop: Texts | None = None
     stop_token_ids: list[Integer] | None = None
     include_stop_str_in_output: Flag = None
     ignore_eos: Flag = None
-    prompt_logprobs: Annotated[Integer, Field(ge=0, le=20)] | None = None
+    prompt_logprobs: Annotated[Integer, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     return_token_ids: Flag = None
     return_tokens_as_token_ids: Flag = None
     add_special_tokens: Flag = None
@@ -102,23 +115,15 @@ class OpenAIRequest(BaseModel):
             if not self.stream:
                 raise RequestError("stream_options", "is given without stream: true")
 
-    @property
-    def num_choices(self) -> int:
-        """Choices a prompt."""
-        return 1
-
     def sampling(self) -> dict[str, Any]:
-        """SamplingParams' fields but max_tokens and logprobs; OpenAI's default temperature is 1."""
-        return {
-            "temperature": 1.0 if self.temperature is None else self.temperature,
-            "top_p": 1.0 if self.top_p is None else self.top_p,
-            "top_k": max(0, self.top_k or 0),
-            "seed": None if self.seed is None else self.seed & MAX_INT,
-            "stop": self.stop,
-            "stop_token_ids": self.stop_token_ids,
-            "ignore_eos": bool(self.ignore_eos),
-            "min_tokens": self.min_tokens or 0,
-        }
+        """The fields that SamplingParams has by the same names; OpenAI's default temperature is 1.
+
+        A negative seed, which OpenAI's range allows, becomes one of ours.
+        """
+        values = {name: value for name, value in given(self).items() if name in _SAMPLING}
+        if self.seed is not None:
+            values["seed"] = self.seed & MAX_INT
+        return {"temperature": 1.0} | values
 
 
 def usage(prompts: Sequence[Request], completion_tokens: int) -> dict[str, Any]:
@@ -129,11 +134,6 @@ def usage(prompts: Sequence[Request], completion_tokens: int) -> dict[str, Any]:
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
     }
-
-
-def finite(logprob: float) -> float:
-    """JSON has no infinity; the lowest number is vLLM's."""
-    return max(logprob, -9999.0)
 
 
 def prompt_logprobs(request: Request, count: int) -> list[dict[str, Any] | None]:

@@ -72,5 +72,5 @@ async def chunk_events(
         yield b"".join(pieces)
     if options.include_usage:
         total = sum(choice.num_tokens for choice in choices)
-        prompts = [choice.request for choice in choices[:: body.num_choices]]
+        prompts = [choice.request for choice in choices[:: body.n or 1]]
         yield event(base | {"choices": [], "usage": usage(prompts, total)})

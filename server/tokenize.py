@@ -44,10 +44,10 @@ def routes(serving: Serving) -> APIRouter:
         refuse_unsupported(body, "", _UNSUPPORTED)
         engine, special = serving.engine, body.add_special_tokens is not False
         ids = await asyncio.to_thread(engine.tokenizer.encode, body.prompt, special)
-        answer = {"count": len(ids), "max_model_len": engine.max_request_tokens, "tokens": ids}
+        answer: dict[str, Any] = {"count": len(ids), "tokens": ids}
         if body.return_token_strs:
             answer["token_strs"] = [engine.tokenizer.token_text(token) for token in ids]
-        return answer
+        return answer | {"max_model_len": engine.intake.max_request_tokens}
 
     @router.post("/detokenize")
     async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:

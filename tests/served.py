@@ -73,8 +73,8 @@ def serving(
                 served.stop()
 
 
-def wait_until(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 2
+def wait_until(condition: Callable[[], Any], seconds: float = 5) -> None:
+    deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.005)

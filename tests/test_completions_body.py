@@ -6,7 +6,7 @@ import pytest
 
 from minidsv import LLM, SamplingParams
 from minidsv.errors import RequestError
-from minidsv.server.completions import Choice, CompletionRequest, completion_body, make_requests
+from minidsv.server.completions import CompletionRequest, choices_of, completion_body, make_requests
 
 OPTIONS: dict[str, Any] = {"load_format": "random", "device": "cpu", "num_pages": 64}
 PROMPT = "Question: What is the chemical symbol of iron?\nAnswer:"
@@ -75,15 +75,61 @@ def test_echo_with_logprobs(prompt: Any, count: int, llm: LLM) -> None:
     assert logprobs["text_offset"] == [sum(lengths[:i]) for i in range(len(ids))]
 
 
+def test_choices_of_several_prompts_and_n(llm: LLM) -> None:
+    """Number prompt_i * n + j; every choice echoes its own prompt, scored once."""
+    iron = llm.engine.tokenizer.encode(PROMPT)
+    body = {"prompt": [iron, IDS], "n": 3, "seed": 7, "max_tokens": 4, "return_token_ids": True}
+    got = answer(llm, body | {"echo": True, "logprobs": 1, "ignore_eos": True})
+    choices = got["choices"]
+    assert [choice["index"] for choice in choices] == list(range(6))
+    for first, prompt in ((0, iron), (3, IDS)):
+        params = SamplingParams(n=3, seed=7, max_tokens=4, temperature=1, ignore_eos=True)
+        want = llm.generate(prompt, params)[0]
+        group = choices[first : first + 3]
+        assert [c["token_ids"] for c in group] == [o.token_ids for o in want.outputs]
+        assert len({c["text"] for c in group}) > 1
+        scores = [c["logprobs"]["token_logprobs"][: len(want.prompt_token_ids)] for c in group]
+        assert scores[0][1] is not None
+        assert scores == [scores[0]] * 3
+    assert got["usage"]["prompt_tokens"] == len(iron) + len(IDS)
+    assert got["usage"]["completion_tokens"] == 24
+
+
+@pytest.mark.parametrize("echo", [False, True])
+def test_no_tokens_at_all(echo: bool, llm: LLM) -> None:
+    body = {"prompt": PROMPT, "max_tokens": 0, "echo": echo, "logprobs": 1}
+    choice = answer(llm, body)["choices"][0]
+    scored = answer(llm, body | {"max_tokens": 1, "echo": True})["choices"][0]["logprobs"]
+    assert choice["text"] == (PROMPT if echo else "")
+    assert choice["finish_reason"] == "length"
+    for name, values in choice["logprobs"].items():
+        assert values == (scored[name][:-1] if echo else [])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"logit_bias": {"300": 100}}, {"min_p": 1.0, "temperature": 1.5}, {"presence_penalty": 2},
+     {"frequency_penalty": -2}, {"repetition_penalty": 1.5}, {"top_k": 1, "temperature": 1}],
+    ids=str,
+)  # fmt: skip
+def test_sampling_options_reach_the_engine(options: dict[str, Any], llm: LLM) -> None:
+    body = {"prompt": IDS, **GREEDY, "seed": 3, "return_token_ids": True}
+    ours = {name: value for name, value in options.items() if name != "logit_bias"}
+    bias = {300: 100} if "logit_bias" in options else None
+    params = SamplingParams(max_tokens=6, ignore_eos=True, seed=3, logit_bias=bias, **ours)
+    want = llm.generate(IDS, params)[0].outputs[0].token_ids
+    assert answer(llm, body | options)["choices"][0]["token_ids"] == want
+
+
 def test_parts_join_to_the_whole(llm: LLM) -> None:
     body = {"prompt": PROMPT, **GREEDY, "echo": True, "logprobs": 2, "return_token_ids": True}
     whole = answer(llm, body)["choices"][0]
-    (request,) = make_requests(llm.engine, CompletionRequest.parse(body))
-    llm.engine.add(request)
-    choice = Choice(CompletionRequest.parse(body), 0, request, llm.engine.tokenizer)
+    requests = make_requests(llm.engine, CompletionRequest.parse(body))
+    (choice,) = choices_of(CompletionRequest.parse(body), requests, llm.engine.tokenizer)
+    llm.engine.add(choice.request)
     parts = []
     while llm.engine.has_work:
-        parts += [choice.part(o.text, len(o.token_ids), o.finished) for o in llm.engine.step()]
+        parts += [part for output in llm.engine.step() for part in choice.parts(output)]
     assert len(parts) == 6
     assert "".join(part["text"] for part in parts) == whole["text"]
     assert [token for part in parts for token in part["token_ids"]] == whole["token_ids"]
@@ -139,6 +185,8 @@ REFUSED = {
     "suffix": ["x"], "best_of": [2], "response_format": [{"type": "json_object"}], "priority": [1],
     "use_beam_search": [True], "skip_special_tokens": [False], "bad_words": [["a"]],
     "truncate_prompt_tokens": [5], "guided_regex": ["a"], "lora_path": ["a"], "model": [5],
+    "n": [0, 129, True], "min_p": [1.1, -0.1], "presence_penalty": [2.1], "repetition_penalty": [0],
+    "frequency_penalty": [-2.1], "logit_bias": [{"x": 1}, {"1280": 1}, {"5": 101}, {"-1": 1}, []],
     "return_hidden_states": [True], "prompt_logprobs": [-1, 21], "request_id": ["", "a" * 129],
 }  # fmt: skip
 
@@ -167,6 +215,11 @@ def test_refused(name: str, value: Any, llm: LLM) -> None:
 def test_what_asks_for_nothing_is_accepted(field: dict[str, Any], llm: LLM) -> None:
     plain = answer(llm, {"prompt": PROMPT, **GREEDY})
     assert answer(llm, {"prompt": PROMPT, **GREEDY, **field}) == plain
+
+
+def test_too_many_choices(llm: LLM) -> None:
+    with pytest.raises(RequestError, match=r"n: 9 prompts of 128 choices .* 1024"):
+        make_requests(llm.engine, CompletionRequest.parse({"prompt": ["a"] * 9, "n": 128}))
 
 
 def test_a_bad_prompt_of_many_is_named(llm: LLM) -> None:

@@ -1,0 +1,252 @@
+"""Bodies of POST /generate in SGLang's shape, what they ask of the engine, and the answers.
+
+No web framework in here. Facts of the shape are read from SGLang's `io_struct.py` and
+`tokenizer_manager.py`.
+"""
+
+import time
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from minidsv.engine import Engine, StepOutput
+from minidsv.errors import RequestError
+from minidsv.request import Logprob, LogprobDict, Request, SamplingParams
+from minidsv.server.protocol import (
+    MAX_LOGPROBS,
+    Biases,
+    Flag,
+    Integer,
+    Number,
+    Text,
+    Texts,
+    finite,
+    given,
+    refuse_unsupported,
+)
+
+# SGLang's documented fields that we lack -> values that ask for nothing (None and what is empty
+# always do).
+_UNSUPPORTED_REQUEST: dict[str, tuple[Any, ...]] = {
+    "input_embeds": (),
+    "image_data": (),
+    "audio_data": (),
+    "video_data": (),
+    "modalities": (),
+    "token_ids_logprob": (),
+    "return_hidden_states": (False,),
+    "return_routed_experts": (False,),
+    "session_params": (),
+    "lora_path": (),
+    "lora_id": (),
+    "custom_logit_processor": (),
+    "bootstrap_host": (),
+    "bootstrap_port": (),
+    "bootstrap_room": (),
+    "data_parallel_rank": (),
+    "background": (False,),
+    "priority": (),
+    "extra_key": (),
+}
+_UNSUPPORTED_SAMPLING: dict[str, tuple[Any, ...]] = {
+    "stop_regex": (),
+    "json_schema": (),
+    "regex": (),
+    "ebnf": (),
+    "structural_tag": (),
+    "custom_params": (),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "no_stop_trim": (False,),
+}
+_OF_RETURN_LOGPROB = {
+    "logprob_start_len": -1,
+    "top_logprobs_num": 0,
+    "return_text_in_logprobs": False,
+}
+_OURS = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "sampling_seed": "seed"}
+
+_FROM_ENGINE = {theirs: ours for ours, theirs in _OURS.items()}
+
+
+class GenerateSampling(BaseModel):
+    """`sampling_params` of POST /generate; null means the default."""
+
+    model_config = ConfigDict(extra="allow")
+    n: Integer | None = None
+    max_new_tokens: Integer | None = None
+    min_new_tokens: Integer | None = None
+    temperature: Number | None = None
+    top_p: Number | None = None
+    top_k: Integer | None = None
+    min_p: Number | None = None
+    presence_penalty: Number | None = None
+    frequency_penalty: Number | None = None
+    repetition_penalty: Number | None = None
+    logit_bias: Biases | None = None
+    stop: Texts | None = None
+    stop_token_ids: list[Integer] | None = None
+    ignore_eos: Flag = None
+    sampling_seed: Integer | None = None
+
+    def values(self) -> dict[str, Any]:
+        """Fields of SamplingParams, with SGLang's defaults (128 tokens, temperature 1)."""
+        refuse_unsupported(self, "sampling_params.", _UNSUPPORTED_SAMPLING)
+        values = {_OURS.get(name, name): value for name, value in given(self).items()}
+        return {"max_tokens": 128, "temperature": 1.0} | values
+
+
+class GenerateRequest(BaseModel):
+    """Body of POST /generate: one prompt, as text or as token ids."""
+
+    model_config = ConfigDict(extra="allow")
+    text: Text | None = None
+    input_ids: list[Integer] | None = None
+    sampling_params: GenerateSampling | None = None
+    return_logprob: Flag = None
+    logprob_start_len: Annotated[Integer, Field(ge=-1)] | None = None  # -1: the output's only
+    top_logprobs_num: Annotated[Integer, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    return_text_in_logprobs: Flag = None
+    stream: Flag = None
+    rid: Text | None = None
+
+    def prompt(self) -> str | list[int]:
+        """The one prompt given; raises RequestError for none or two."""
+        refuse_unsupported(self, "", _UNSUPPORTED_REQUEST)
+        prompts = [p for p in (self.text, self.input_ids) if p is not None]
+        if len(prompts) != 1:
+            raise RequestError(
+                "text", f"exactly one of text and input_ids is needed, {len(prompts)} are given"
+            )
+        return prompts[0]
+
+    def to_params(self) -> SamplingParams:
+        """Raises RequestError."""
+        return SamplingParams(
+            **(self.sampling_params or GenerateSampling()).values(), **self._logprobs()
+        )
+
+    def in_own_terms(self, error: RequestError) -> RequestError:
+        """The engine's refusal, with the names of this body in place of those of SamplingParams."""
+        message = str(error).removeprefix(f"{error.param}: ")
+        if error.param == "prompt":
+            return RequestError("text" if self.input_ids is None else "input_ids", message)
+        if error.param in ("logprobs", "prompt_logprobs"):
+            return RequestError("top_logprobs_num", message)
+        for ours, theirs in _OURS.items():
+            message = message.replace(theirs, ours)
+        name = _FROM_ENGINE.get(error.param, error.param)
+        known = name in GenerateSampling.model_fields
+        return RequestError(f"sampling_params.{name}" if known else name, message)
+
+    def _logprobs(self) -> dict[str, Any]:
+        start = -1 if self.logprob_start_len is None else self.logprob_start_len
+        if self.return_logprob:
+            count = self.top_logprobs_num or 0
+            return {"logprobs": count, "prompt_logprobs": count if start >= 0 else None}
+        for name, nothing in _OF_RETURN_LOGPROB.items():
+            if getattr(self, name) not in (None, nothing):
+                raise RequestError(name, "is given without return_logprob: true")
+        return {}
+
+
+def make_requests(engine: Engine, body: GenerateRequest, request_id: str) -> list[Request]:
+    """One request an answer; raises RequestError in the body's terms."""
+    try:
+        prompt, params = body.prompt(), body.to_params()
+        text = prompt if isinstance(prompt, str) else None
+        ids = engine.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        if (body.logprob_start_len or 0) > len(ids):
+            raise RequestError(
+                "logprob_start_len",
+                f"{body.logprob_start_len} lies behind the prompt's {len(ids)} tokens",
+            )
+        return engine.make_requests(ids, params, text, body.rid or request_id)
+    except RequestError as error:
+        raise body.in_own_terms(error) from None
+
+
+class Answer:
+    """One answer as its request goes on; every event of a stream repeats all of it so far."""
+
+    def __init__(
+        self, body: GenerateRequest, request: Request, prompt_logprobs: list[LogprobDict | None]
+    ):
+        """`prompt_logprobs` are those of the first of the prompt's requests."""
+        self.request = request
+        self._body, self._prompt_logprobs = body, prompt_logprobs
+        self._start = time.perf_counter()
+        self._text = ""
+        self._num_tokens = 0
+        self._finished = False
+
+    def add(self, output: StepOutput) -> None:
+        """Take in what a step brought."""
+        self._text += output.text
+        self._num_tokens += len(output.token_ids)
+        self._finished = output.finished
+
+    def json(self) -> dict[str, Any]:
+        """All so far; with several answers, `index` tells which one it is."""
+        request = self.request
+        answer = {
+            "text": self._text,
+            "output_ids": request.output_token_ids[: self._num_tokens],
+            "meta_info": {
+                "id": request.request_id,
+                "finish_reason": _finish_reason(request) if self._finished else None,
+                "prompt_tokens": len(request.prompt_token_ids),
+                "completion_tokens": self._num_tokens,
+                "e2e_latency": round(time.perf_counter() - self._start, 6),
+                **self._logprobs(),
+            },
+        }
+        return answer if request.params.n == 1 else answer | {"index": request.index}
+
+    def _logprobs(self) -> dict[str, Any]:
+        """SGLang's lists of [logprob, token id, text or null]; the first input token has none."""
+        body, request = self._body, self.request
+        if not body.return_logprob:
+            return {}
+        start = -1 if body.logprob_start_len is None else body.logprob_start_len
+        inputs = request.prompt_token_ids[start:] if start >= 0 else []
+        known = [None, *self._prompt_logprobs[start + 1 :]][: len(inputs)]
+        outputs = request.output_token_ids[: self._num_tokens]
+        lists = {
+            "input_token_logprobs": self._taken(inputs, known),
+            "output_token_logprobs": self._taken(outputs, request.logprobs),
+        }
+        if body.top_logprobs_num:
+            lists["input_top_logprobs"] = self._best(known)
+            lists["output_top_logprobs"] = self._best(request.logprobs[: self._num_tokens])
+        return lists
+
+    def _taken(self, tokens: list[int], known: Sequence[LogprobDict | None]) -> list[Any]:
+        return [
+            [None, token, None] if entries is None else self._entry(token, entries[token])
+            for token, entries in zip(tokens, known, strict=False)
+        ]
+
+    def _best(self, known: Sequence[LogprobDict | None]) -> list[Any]:
+        count = self._body.top_logprobs_num or 0
+        return [
+            entries and [self._entry(t, e) for t, e in entries.items() if e.rank <= count]
+            for entries in known
+        ]
+
+    def _entry(self, token: int, entry: Logprob) -> list[Any]:
+        text = entry.decoded_token if self._body.return_text_in_logprobs else None
+        return [finite(entry.logprob), token, text]
+
+
+def _finish_reason(request: Request) -> dict[str, Any]:
+    if request.finish_reason == "length":
+        return {"type": "length", "length": request.max_tokens}
+    if request.finish_reason == "stop":
+        matched = request.stop_reason
+        return {
+            "type": "stop",
+            "matched": request.output_token_ids[-1] if matched is None else matched,
+        }
+    return {"type": "abort", "message": "aborted"}
