@@ -108,6 +108,7 @@ class GenerateRequest(BaseModel):
     logprob_start_len: Annotated[Integer, Field(ge=-1)] | None = None  # -1: the output's only
     top_logprobs_num: Annotated[Integer, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     return_text_in_logprobs: Flag = None
+    return_indexer_topk: Flag = None  # ours, not SGLang's
     stream: Flag = None
     rid: Text | None = None
 
@@ -124,7 +125,9 @@ class GenerateRequest(BaseModel):
     def to_params(self) -> SamplingParams:
         """Raises RequestError."""
         return SamplingParams(
-            **(self.sampling_params or GenerateSampling()).values(), **self._logprobs()
+            **(self.sampling_params or GenerateSampling()).values(),
+            **self._logprobs(),
+            return_indexer_topk=bool(self.return_indexer_topk),
         )
 
     def in_own_terms(self, error: RequestError) -> RequestError:
@@ -178,13 +181,14 @@ class Answer:
         self._body, self._prompt_logprobs = body, prompt_logprobs
         self._start = time.perf_counter()
         self._text = ""
-        self._num_tokens = 0
+        self._num_tokens = self._num_new = 0
         self._finished = False
 
     def add(self, output: StepOutput) -> None:
         """Take in what a step brought."""
         self._text += output.text
-        self._num_tokens += len(output.token_ids)
+        self._num_new = len(output.token_ids)
+        self._num_tokens += self._num_new
         self._finished = output.finished
 
     def json(self) -> dict[str, Any]:
@@ -200,6 +204,7 @@ class Answer:
                 "completion_tokens": self._num_tokens,
                 "e2e_latency": round(time.perf_counter() - self._start, 6),
                 **self._logprobs(),
+                **self._selections(),
             },
         }
         return answer if request.params.n == 1 else answer | {"index": request.index}
@@ -221,6 +226,14 @@ class Answer:
             lists["input_top_logprobs"] = self._best(known)
             lists["output_top_logprobs"] = self._best(request.logprobs[: self._num_tokens])
         return lists
+
+    def _selections(self) -> dict[str, Any]:
+        """An item a token; in a stream, where they are long, only those of the new tokens."""
+        if not self._body.return_indexer_topk:
+            return {}
+        first = self._num_tokens - self._num_new if self._body.stream else 0
+        chosen = self.request.indexer_topk[first : self._num_tokens]
+        return {"indexer_topk": [{"num_keys": s.num_keys, "layers": s.layers} for s in chosen]}
 
     def _taken(self, tokens: list[int], known: Sequence[LogprobDict | None]) -> list[Any]:
         return [

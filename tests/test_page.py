@@ -3,24 +3,18 @@
 import math
 import re
 import shutil
-import socket
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
-import uvicorn
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from minidsv.engine import Engine
-from minidsv.engine_config import EngineConfig
 from minidsv.server import page
-from minidsv.server.app import create_app
+from minidsv.server.options import ServerOptions
+from served import Served, serving, wait_until
 
 FILES = sorted(page.STATIC.iterdir())
 FACT = "Question: What is the capital of France?\nAnswer:"
@@ -65,24 +59,9 @@ def test_files_name_nothing_outside(file: Path) -> None:
     assert {a or b for a, b in named} <= {f.name for f in FILES}
 
 
-@contextmanager
-def serving(**options: Any) -> Iterator[tuple[str, Engine]]:
-    """The server's address, and its engine."""
-    engine = Engine(EngineConfig(device="cpu", num_pages=64, **options))
-    server = uvicorn.Server(uvicorn.Config(create_app(engine), log_level="error"))
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        try:
-            yield "http://127.0.0.1:%d" % listener.getsockname()[1], engine  # noqa: UP031
-        finally:
-            server.should_exit = True
-            thread.join(20)
-
-
 @pytest.fixture(scope="module")
-def bundled() -> Iterator[tuple[str, Engine]]:
-    with serving() as served:
+def bundled() -> Iterator[Served]:
+    with serving(load_format="auto") as served:
         yield served
 
 
@@ -100,10 +79,11 @@ def chromium() -> Iterator[Any]:
 
 
 @contextmanager
-def opened(chromium: Any, url: str, *expected: str) -> Iterator[Any]:
+def opened(chromium: Any, served: Served, *expected: str) -> Iterator[Any]:
     """The page in a new browser context; at the end the console has no errors but the `expected`,
     and no request went elsewhere.
     """
+    url = str(served.client.base_url).rstrip("/")
     context = chromium.new_context(viewport={"width": 1280, "height": 1000})
     context.set_default_timeout(15_000)
     view, problems = context.new_page(), list[str]()
@@ -120,8 +100,8 @@ def opened(chromium: Any, url: str, *expected: str) -> Iterator[Any]:
 
 
 @pytest.fixture
-def view(chromium: Any, bundled: tuple[str, Engine]) -> Iterator[Any]:
-    with opened(chromium, bundled[0]) as opened_page:
+def view(chromium: Any, bundled: Served) -> Iterator[Any]:
+    with opened(chromium, bundled) as opened_page:
         yield opened_page
 
 
@@ -133,28 +113,14 @@ def generate(view: Any, **fields: Any) -> None:
     view.locator("#run:enabled").wait_for()
 
 
-def answer(url: str, text: str, **fields: Any) -> dict[str, Any]:
+def answer(served: Served, text: str, **fields: Any) -> dict[str, Any]:
     sampling = {"temperature": 0, "max_new_tokens": 64}
-    body = {"text": text, "sampling_params": sampling, **fields}
-    return httpx.post(f"{url}/generate", json=body, timeout=20).json()
-
-
-def needs(url: str, name: str) -> None:
-    """Skip where the server has no such path or field."""
-    if f'"{name}"' not in httpx.get(f"{url}/openapi.json").text:
-        pytest.skip(f"this server has no {name}")
-
-
-def wait_until(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.005)
+    return served.generate(text=text, sampling_params=sampling, **fields).json()
 
 
 @pytest.mark.browser
-def test_an_answer_appears(view: Any, bundled: tuple[str, Engine]) -> None:
-    want = answer(bundled[0], FACT)
+def test_an_answer_appears(view: Any, bundled: Served) -> None:
+    want = answer(bundled, FACT)
     generate(view, prompt=FACT)
     assert view.text_content("#output") == want["text"] == " Paris"
     assert view.locator("#output .token").count() == want["meta_info"]["completion_tokens"]
@@ -166,38 +132,35 @@ def test_an_answer_appears(view: Any, bundled: tuple[str, Engine]) -> None:
 
 
 @pytest.mark.browser
-def test_it_streams_until_it_is_stopped(view: Any, bundled: tuple[str, Engine]) -> None:
+def test_it_streams_until_it_is_stopped(view: Any, bundled: Served) -> None:
     """Text grows while the engine works; the button ends both."""
-    engine = bundled[1]
     view.fill("#prompt", FACT)
     view.fill("[name=max_new_tokens]", "4000")
     view.check("[name=ignore_eos]")
     view.click("#run")
     for count in (5, 20):
         view.locator("#output .token").nth(count).wait_for(state="attached")
-        assert engine.scheduler.running
+        assert bundled.engine.scheduler.running
         assert view.is_disabled("#run")
     view.click("#abort")
-    wait_until(lambda: not engine.has_work)
-    assert engine.block_manager.num_free == engine.block_manager.num_pages
+    wait_until(lambda: bundled.idle)
     assert view.text_content("#status") == "stopped"
     assert view.is_enabled("#run")
     assert 20 < int(view.text_content("#count")) < 4000
 
 
 @pytest.mark.browser
-def test_a_refusal_is_shown_in_its_words(chromium: Any, bundled: tuple[str, Engine]) -> None:
-    with opened(chromium, bundled[0], "status of 400") as view:
+def test_a_refusal_is_shown_in_its_words(chromium: Any, bundled: Served) -> None:
+    with opened(chromium, bundled, "status of 400") as view:
         generate(view, max_new_tokens=10**6)
         assert "max_new_tokens" in view.text_content("#status")
         assert "error" in view.get_attribute("#status", "class")
 
 
 @pytest.mark.browser
-def test_hover_shows_probabilities(view: Any, bundled: tuple[str, Engine]) -> None:
-    needs(bundled[0], "return_logprob")
+def test_hover_shows_probabilities(view: Any, bundled: Served) -> None:
     asked = {"return_logprob": True, "top_logprobs_num": 5}
-    info = answer(bundled[0], FACT, **asked)["meta_info"]
+    info = answer(bundled, FACT, **asked)["meta_info"]
     generate(view, prompt=FACT)
     for index, tops in enumerate(info["output_top_logprobs"]):
         view.locator("#output .token").nth(index).hover()
@@ -234,13 +197,13 @@ def lit(view: Any, columns: int) -> list[list[int]]:
 
 
 @pytest.mark.browser
-def test_the_strip_shows_what_the_api_says(view: Any, bundled: tuple[str, Engine]) -> None:
+def test_the_strip_shows_what_the_api_says(view: Any, bundled: Served) -> None:
     """The ready example: every cell of every layer, and the record that holds the answer."""
     prompt = view.input_value("#prompt")
     view.click("[data-example=fact]")
     view.click("[data-example=retrieval]")
     assert view.input_value("#prompt") == prompt
-    want = answer(bundled[0], prompt, return_indexer_topk=True)
+    want = answer(bundled, prompt, return_indexer_topk=True)
     generate(view)
     assert view.text_content("#output") == want["text"] == " lamp"
     columns = want["meta_info"]["prompt_tokens"] + want["meta_info"]["completion_tokens"]
@@ -248,7 +211,7 @@ def test_the_strip_shows_what_the_api_says(view: Any, bundled: tuple[str, Engine
         view.locator("#output .token").nth(index).hover()
         assert f"64 of {selection['num_keys']}" in view.text_content("#summary")
         assert lit(view, columns) == selection["layers"]
-    encode = bundled[1].tokenizer.encode
+    encode = bundled.engine.tokenizer.encode
     record = range(len(encode(prompt.split("Cara")[0])), len(encode(prompt.split("\n* Dan")[0])))
     view.locator("#output .token").nth(0).hover()
     chosen = [layer for layer in lit(view, columns) if set(layer) & set(record)]
@@ -256,16 +219,15 @@ def test_the_strip_shows_what_the_api_says(view: Any, bundled: tuple[str, Engine
 
 
 @pytest.mark.browser
-def test_the_prompt_is_shaded_and_marked(view: Any, bundled: tuple[str, Engine]) -> None:
+def test_the_prompt_is_shaded_and_marked(view: Any, bundled: Served) -> None:
     """Its tokens in the colour of how many layers selected them; text to mark is found in it."""
-    url, engine = bundled
-    needs(url, "/tokenize")
     prompt = view.input_value("#prompt")
-    selection = answer(url, prompt, return_indexer_topk=True)["meta_info"]["indexer_topk"][0]
+    selection = answer(bundled, prompt, return_indexer_topk=True)["meta_info"]["indexer_topk"][0]
     generate(view)
     view.locator("#output .token").nth(0).hover()
-    ids = engine.tokenizer.encode(prompt)
-    texts = [engine.tokenizer.token_text(token) for token in ids]
+    tokenizer = bundled.engine.tokenizer
+    ids = tokenizer.encode(prompt)
+    texts = [tokenizer.token_text(token) for token in ids]
     assert view.locator("#context span").all_text_contents() == texts
     heats = "spans => spans.map((span) => Number(span.style.getPropertyValue('--heat')))"
     layers = selection["layers"]
@@ -283,8 +245,8 @@ def test_the_prompt_is_shaded_and_marked(view: Any, bundled: tuple[str, Engine])
 
 
 @pytest.mark.browser
-def test_load_is_shown(view: Any, bundled: tuple[str, Engine]) -> None:
-    needs(bundled[0], "/metrics")
+def test_load_is_shown(view: Any, bundled: Served) -> None:
+    view.fill("#prompt", FACT)
     view.fill("[name=max_new_tokens]", "4000")
     view.check("[name=ignore_eos]")
     view.click("#run")
@@ -320,9 +282,10 @@ def test_arrow_keys_move_between_tokens(view: Any) -> None:
 
 @pytest.mark.browser
 def test_shared_layers_are_marked(chromium: Any, checkpoints: dict[str, Path]) -> None:
-    with serving(model=str(checkpoints["glm"])) as (url, engine), opened(chromium, url) as view:
+    glm = {"model": str(checkpoints["glm"]), "load_format": "auto"}
+    with serving(**glm) as served, opened(chromium, served) as view:
         generate(view, prompt="@#$%^&" * 12, max_new_tokens=2)
-        types = engine.model_config.indexer_types
+        types = served.engine.model_config.indexer_types
         full = max(i for i, kind in enumerate(types) if kind == "full")
         assert view.locator("#layers .shared").count() == types.count("shared") > 0
         shared = view.locator("#layers .shared").all_text_contents()
@@ -331,17 +294,20 @@ def test_shared_layers_are_marked(chromium: Any, checkpoints: dict[str, Path]) -
 
 
 @pytest.mark.browser
-def test_a_key_is_sent_and_kept_nowhere(view: Any) -> None:
-    seen: dict[str, str | None] = {}
-    view.on("request", lambda r: seen.update({r.url: r.headers.get("authorization")}))
-    view.fill("#key", "secret")
-    view.press("#key", "Tab")
-    generate(view, prompt=FACT)
-    assert {key for url, key in seen.items() if "/static/" not in url} == {"Bearer secret"}
-    kept = "JSON.stringify([{...localStorage}, {...sessionStorage}, document.cookie])"
-    assert view.evaluate(kept) == '[{},{},""]'
-    view.reload()
-    assert view.input_value("#key") == ""
+def test_a_key_is_asked_for_and_kept_nowhere(chromium: Any) -> None:
+    keys = ServerOptions(api_key=("secret",))
+    with (
+        serving(keys, load_format="auto") as served,
+        opened(chromium, served, "status of 401") as view,
+    ):
+        view.locator("#status.error:has-text('a key is needed')").wait_for()
+        view.fill("#key", "secret")
+        view.press("#key", "Tab")
+        generate(view, prompt=FACT)
+        assert view.text_content("#output") == " Paris"
+        kept = "JSON.stringify([{...localStorage}, {...sessionStorage}, document.cookie])"
+        assert view.evaluate(kept) == '[{},{},""]'
+        assert "secret" not in view.content()
 
 
 @pytest.mark.browser
