@@ -58,7 +58,7 @@ def create_app(engine: Engine) -> FastAPI:
         request = await _engine_request(engine, body)
         if not loop.healthy:
             return _engine_failed()
-        answers = _answers(loop, request, all_selections=not body.stream)
+        answers = _answers(loop, request, bool(body.stream))
         if body.stream:
             return StreamingResponse(_events(answers), media_type="text/event-stream")
         return await _last_or_disconnect(answers, http)
@@ -79,9 +79,9 @@ async def _engine_request(engine: Engine, body: GenerateRequest) -> EngineReques
 
 
 async def _answers(
-    loop: EngineLoop, request: EngineRequest, all_selections: bool
+    loop: EngineLoop, request: EngineRequest, stream: bool
 ) -> AsyncGenerator[dict[str, Any]]:
-    """Growing answers of one request, the last one finished. Selections: all, or the new ones."""
+    """Growing answers of one request, the last one finished."""
     start = time.perf_counter()
     text, token_ids = "", list[int]()
     async with aclosing(loop.run(request)) as outputs:
@@ -90,8 +90,7 @@ async def _answers(
             token_ids += output.token_ids
             seconds = time.perf_counter() - start
             answer = generate_response(request, text, token_ids, output.finished, seconds)
-            new = len(token_ids) if all_selections else len(output.token_ids)
-            answer["meta_info"] |= indexer_topk(request, len(token_ids) - new, len(token_ids))
+            answer["meta_info"] |= indexer_topk(request, len(output.token_ids), stream)
             yield answer
 
 

@@ -196,11 +196,14 @@ def generate_response(
     }
 
 
-def indexer_topk(request: Request, first: int, end: int) -> dict[str, Any]:
-    """The field of meta_info with the selections of output tokens [first, end), if asked for."""
+def indexer_topk(request: Request, new_tokens: int, stream: bool) -> dict[str, Any]:
+    """The field of meta_info with the selections of all tokens so far, if they are asked for; in a
+    stream those of the new tokens, which the request then holds no longer: they are long.
+    """
     if not request.params.return_indexer_topk:
         return {}
-    chosen = request.indexer_topk[first:end]
+    held = request.indexer_topk
+    chosen = [held.pop(0) for _ in range(new_tokens)] if stream else held
     return {"indexer_topk": [{"num_keys": s.num_keys, "layers": s.layers} for s in chosen]}
 
 

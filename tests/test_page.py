@@ -285,6 +285,7 @@ def test_the_prompt_is_shaded_and_marked(view: Any, bundled: tuple[str, Engine])
 @pytest.mark.browser
 def test_load_is_shown(view: Any, bundled: tuple[str, Engine]) -> None:
     needs(bundled[0], "/metrics")
+    view.fill("#prompt", FACT)
     view.fill("[name=max_new_tokens]", "4000")
     view.check("[name=ignore_eos]")
     view.click("#run")
