@@ -200,7 +200,7 @@ class Request:
     text: str = ""
     logprobs: list[LogprobDict] = field(default_factory=list)
     prompt_logprobs: list[LogprobDict | None] = field(default_factory=lambda: [None])
-    indexer_topk: list[IndexerTopk] = field(default_factory=list)
+    indexer_topk: list[IndexerTopk] = field(default_factory=list)  # a stream takes them off
     finish_reason: str | None = None  # "stop", "length" or "abort"
     stop_reason: str | int | None = None  # the stop string or stop token that matched
 

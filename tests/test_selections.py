@@ -81,13 +81,14 @@ def test_against_transformers(
 
 
 def test_positions_follow_the_request_not_the_pool(checkpoints: dict[str, Path]) -> None:
-    """The same numbers wherever the pages lie."""
+    """The same numbers wherever the pages lie, and when their keys are there already."""
     reports = []
     for seed in range(3):
         llm = LLM(str(checkpoints["dsv32"]), num_pages=4)
         shuffle_pages(llm, seed)
-        reports.append(llm.generate([prompt(200)], ASKING)[0].outputs[0].indexer_topk)
-    assert reports[0] == reports[1] == reports[2]
+        for _ in range(2):
+            reports.append(llm.generate([prompt(200)], ASKING)[0].outputs[0].indexer_topk)
+    assert all(report == reports[0] for report in reports)
     layers = reports[0][0].layers
     assert {position // 64 for layer in layers for position in layer} == {0, 1, 2, 3}
 
