@@ -228,11 +228,13 @@ class Answer:
         return lists
 
     def _selections(self) -> dict[str, Any]:
-        """An item a token; in a stream, where they are long, only those of the new tokens."""
+        """An item a token; in a stream those of the new tokens, which the request then holds no
+        longer: they are long.
+        """
         if not self._body.return_indexer_topk:
             return {}
-        first = self._num_tokens - self._num_new if self._body.stream else 0
-        chosen = self.request.indexer_topk[first : self._num_tokens]
+        held = self.request.indexer_topk
+        chosen = [held.pop(0) for _ in range(self._num_new)] if self._body.stream else held
         return {"indexer_topk": [{"num_keys": s.num_keys, "layers": s.layers} for s in chosen]}
 
     def _taken(self, tokens: list[int], known: Sequence[LogprobDict | None]) -> list[Any]:
