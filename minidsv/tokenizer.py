@@ -1,6 +1,7 @@
 """Text to tokens (transformers' AutoTokenizer), and tokens to text one at a time."""
 
 import json
+import re
 from pathlib import Path
 
 from tokenizers.decoders import DecodeStream
@@ -12,6 +13,10 @@ _CONTEXT = (
     8  # prompt tokens that prime the stream, so that the first output token keeps its leading space
 )
 _BROKEN = "\ufffd"
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_BYTE_LEVEL = {chr(byte): byte for byte in _PRINTABLE} | {  # GPT-2's alphabet of bytes
+    chr(256 + i): byte for i, byte in enumerate(sorted({*range(256)} - {*_PRINTABLE}))
+}
 
 
 class Tokenizer:
@@ -33,10 +38,16 @@ class Tokenizer:
         self.backend = hf.backend_tokenizer
         self.backend.no_truncation()
         self.backend.no_padding()
+        self.apply_chat_template = hf.apply_chat_template
+        template = hf.chat_template  # one, or several by name
+        self.chat_template: str | None = (
+            template.get("default") if isinstance(template, dict) else template
+        )
         self.size = 1 + max(self.backend.get_vocab(with_added_tokens=True).values())  # with gaps
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`, with the special tokens that the tokenizer adds (BOS)."""
+        """Token ids of `text`, with the special tokens that the tokenizer adds (BOS). Special
+        tokens that the text spells out are read as such either way."""
         try:
             return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
         except (TypeError, UnicodeEncodeError):
@@ -50,6 +61,20 @@ class Tokenizer:
     def token_text(self, token_id: int) -> str:
         """One token on its own, special tokens shown."""
         return self.decode([token_id], skip_special_tokens=False)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """One token's UTF-8, which may be a part of a character (`token_text` shows U+FFFD)."""
+        text = self.token_text(token_id)
+        if _BROKEN not in text:
+            return text.encode()
+        piece = self.backend.id_to_token(token_id)
+        if found := re.fullmatch("<0x([0-9A-F]{2})>", piece):
+            return bytes.fromhex(found[1])
+        return bytes(_BYTE_LEVEL.get(character, 0) for character in piece)
+
+    def token_id(self, token: str) -> int | None:
+        """The id of one token by its spelling."""
+        return self.backend.token_to_id(token)
 
     def stream(self, prompt_token_ids: list[int]) -> "DetokenizerStream":
         return DetokenizerStream(self, prompt_token_ids)

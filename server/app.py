@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 from fastapi import FastAPI
 
@@ -24,6 +25,16 @@ ROUTERS = (
 )
 
 
+class _App(FastAPI):
+    def openapi(self) -> dict[str, Any]:
+        """The schema without the 422 that FastAPI adds to each route: here those are 400."""
+        schema = super().openapi()
+        for operations in schema["paths"].values():
+            for operation in operations.values():
+                operation["responses"].pop("422", None)
+        return schema
+
+
 def create_app(load: Callable[[], Engine], options: ServerOptions | None = None) -> FastAPI:
     """The application over an engine, which `load` makes at startup, in the engine's thread.
 
@@ -39,7 +50,7 @@ def create_app(load: Callable[[], Engine], options: ServerOptions | None = None)
         status.cancel()
         await asyncio.to_thread(serving.stop)
 
-    app = FastAPI(
+    app = _App(
         title="minidsv",
         version=__version__,
         lifespan=lifespan,

@@ -14,7 +14,7 @@ from pydantic_core import PydanticCustomError
 from minidsv.engine import Engine, StepOutput
 from minidsv.errors import RequestError
 from minidsv.request import LogprobDict, Request, SamplingParams
-from minidsv.server.openai_request import OpenAIRequest, prompt_logprobs, usage
+from minidsv.server.openai_request import OpenAIRequest, prompt_logprobs, stop_text, usage
 from minidsv.server.protocol import Flag, Integer, check_unicode, finite, validation_reason
 from minidsv.tokenizer import Tokenizer
 
@@ -58,6 +58,7 @@ class CompletionRequest(OpenAIRequest):
 
     prompt: Prompts
     echo: Flag = None
+    add_special_tokens: Flag = None  # true unless it says false
     logprobs: Annotated[Integer, Field(ge=0, le=5)] | None = None
 
     @classmethod
@@ -167,9 +168,9 @@ class Choice:
     _text_offset: int = 0  # characters of the tokens in the parts so far
     _begun: bool = False
 
-    def parts(self, output: StepOutput) -> list[dict[str, Any]]:
-        """The part of one engine step."""
-        return [self.part(output.text, len(output.token_ids), output.finished)]
+    def chunks(self, output: StepOutput) -> list[dict[str, Any]]:
+        """What one engine step brought."""
+        return [{"choices": [self.part(output.text, len(output.token_ids), output.finished)]}]
 
     def part(self, text: str, num_tokens: int, finished: bool) -> dict[str, Any]:
         """The next part: new `text` and as many new tokens; the first one brings the echo."""
@@ -178,7 +179,7 @@ class Choice:
         starts, self._begun = not self._begun, True
         echo = bool(body.echo) and starts
         if finished:
-            text += self._stop_text()
+            text += stop_text(body, request, self.tokenizer)
         part = {
             "index": self.index,
             "text": (request.prompt or "") + text if echo else text,
@@ -193,13 +194,6 @@ class Choice:
         if body.prompt_logprobs is not None and starts:
             part["prompt_logprobs"] = prompt_logprobs(self.scored, body.prompt_logprobs)
         return part
-
-    def _stop_text(self) -> str:
-        """What ended the text, where the body wants to see it."""
-        reason = self.request.stop_reason
-        if not self.body.include_stop_str_in_output or reason is None:
-            return ""
-        return reason if isinstance(reason, str) else self.tokenizer.decode([reason])
 
     def _logprobs(self, first: int, echo: bool) -> dict[str, Any] | None:
         """OpenAI's four arrays over output tokens from `first` on, behind the prompt's if echoed.

@@ -114,7 +114,7 @@ class EngineLoop:
         outputs = engine.step()
         ended, self._step_began = time.monotonic(), None
         num_tokens = _tokens_computed(engine) - before
-        if num_tokens:
+        if num_tokens or outputs:
             step = Step(began, ended, self._started(), outputs, num_tokens)
             self._tell(self._listener.stepped, step)
 

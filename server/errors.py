@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from minidsv.errors import RequestError
@@ -70,15 +71,31 @@ def bug() -> ServerError:
     return ServerError(500, "internal error; see the server's log", headers=headers)
 
 
+class Error(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """What `error_body` makes, for the schema."""
+
+    error: Error
+
+
 RESPONSES: dict[int | str, dict[str, Any]] = {
-    400: {"description": "The request is refused; `param` names the field."},
-    401: {"description": "No accepted key."},
-    404: {"description": "No such path or model."},
-    405: {"description": "Not with this method."},
-    413: {"description": "The body is too long."},
-    500: {"description": "A bug, or the engine failed while it ran the request."},
-    503: {"description": "Starting, full or shutting down; see Retry-After."},
-    504: {"description": "Not done within the server's time limit."},
+    status: {"model": ErrorBody, "description": description}
+    for status, description in (
+        (400, "The request is refused; `param` names the field."),
+        (401, "No accepted key."),
+        (404, "No such path or model."),
+        (405, "Not with this method."),
+        (413, "The body is too long."),
+        (500, "A bug, or the engine failed while it ran the request."),
+        (503, "Starting, full or shutting down; see Retry-After."),
+        (504, "Not done within the server's time limit."),
+    )
 }
 """What any route may answer beside its own, for the schema."""
 

@@ -54,6 +54,7 @@ class Metrics:
         self._prefill = self._seconds("request_prefill_time_seconds", "First step to first token.")
         self._decode = self._seconds("request_decode_time_seconds", "First token to last.")
         self._step_tokens = self._counts("iteration_tokens_total", "Tokens computed in a step.")
+        self._n = self._counts("request_params_n", "Outputs asked for of a prompt.")
         self._max_tokens = self._counts("request_params_max_tokens", "max_tokens of requests.")
 
     def page(self, accept: str) -> tuple[bytes, str]:
@@ -72,6 +73,8 @@ class Metrics:
 
     def admitted(self, run: Run) -> None:
         self._max_tokens.observe(run.request.max_tokens)
+        if run.request.index == 0:
+            self._n.observe(run.request.params.n)
 
     def ended(self, reason: str) -> None:
         self._success.labels(self._model_name, reason).inc()
@@ -90,7 +93,8 @@ class Metrics:
             run.first = now
             self._first.observe(now - run.exchange.arrived)
             self._prefill.observe(now - (run.started or now))
-            self._prompt_tokens.inc(len(run.request.prompt_token_ids))
+            if run.request.index == 0:  # as in a usage: once a prompt, whatever n is
+                self._prompt_tokens.inc(len(run.request.prompt_token_ids))
         else:
             self._between.observe(now - run.last)
         run.last = now

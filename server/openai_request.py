@@ -20,6 +20,7 @@ from minidsv.server.protocol import (
     given,
     refuse_unsupported,
 )
+from minidsv.tokenizer import Tokenizer
 
 # Documented fields of OpenAI, vLLM and SGLang that we lack on both routes -> values that ask for
 # nothing (None and what is empty always do).
@@ -103,7 +104,6 @@ class OpenAIRequest(BaseModel):
     prompt_logprobs: Annotated[Integer, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     return_token_ids: Flag = None
     return_tokens_as_token_ids: Flag = None
-    add_special_tokens: Flag = None
     request_id: Annotated[Text, Field(min_length=1, max_length=128)] | None = None
     user: Text | None = None  # the caller's own mark
 
@@ -124,6 +124,14 @@ class OpenAIRequest(BaseModel):
         if self.seed is not None:
             values["seed"] = self.seed & MAX_INT
         return {"temperature": 1.0} | values
+
+
+def stop_text(body: OpenAIRequest, request: Request, tokenizer: Tokenizer) -> str:
+    """What ended a finished request's text, where the body wants to see it."""
+    reason = request.stop_reason
+    if not body.include_stop_str_in_output or reason is None:
+        return ""
+    return reason if isinstance(reason, str) else tokenizer.decode([reason])
 
 
 def usage(prompts: Sequence[Request], completion_tokens: int) -> dict[str, Any]:

@@ -1,10 +1,12 @@
-"""POST /v1/completions, plain or streamed."""
+"""POST /v1/completions and /v1/chat/completions, plain or streamed."""
 
 import asyncio
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
+from minidsv.server import chat_completions as chat
+from minidsv.server.chat_completions import ChatRequest
 from minidsv.server.completions import CompletionRequest, choices_of, completion_body, make_requests
 from minidsv.server.exchange import exchange_of
 from minidsv.server.models import check_model
@@ -30,5 +32,20 @@ def routes(serving: Serving) -> APIRouter:
         async for _ in outputs:
             pass
         return JSONResponse(completion_body(body, requests, engine.tokenizer, **vars(head)))
+
+    @router.post("/v1/chat/completions")
+    async def chat_completions(body: ChatRequest, http: Request) -> Response:
+        check_model(serving, body.model)
+        engine = serving.engine
+        head = Head.of("chatcmpl", body.request_id or exchange_of(http).id, serving.model_name)
+        prompt, requests = await asyncio.to_thread(chat.make_requests, engine, body, head.answer_id)
+        outputs = serving.run(http, requests)
+        if body.stream:
+            choices = chat.choices_of(body, prompt, requests, engine.tokenizer)
+            chunk = head.fields("chat.completion.chunk")
+            return EventStream(chunk_events(chunk, body, choices, outputs))
+        async for _ in outputs:
+            pass
+        return JSONResponse(chat.chat_body(body, prompt, requests, engine.tokenizer, **vars(head)))
 
     return router

@@ -25,8 +25,8 @@ class StreamedChoice(Protocol):
     request: Request
     num_tokens: int  # output tokens in the parts so far
 
-    def parts(self, output: StepOutput) -> list[dict[str, Any]]:
-        """What one engine step brought, as items of `choices`."""
+    def chunks(self, output: StepOutput) -> list[dict[str, Any]]:
+        """What one engine step brought: `choices`, and what goes beside them."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ async def chunk_events(
         pieces = []
         for output in batch:
             choice = by_request[output.request]
-            for part in choice.parts(output):
-                chunk = base | {"choices": [part]}
+            for fields in choice.chunks(output):
+                chunk = base | fields
                 if options.continuous_usage_stats:
                     chunk["usage"] = usage([choice.request], choice.num_tokens)
                 pieces.append(event(chunk))

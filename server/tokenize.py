@@ -8,13 +8,15 @@ from typing import Annotated, Any
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
 
+from minidsv.engine import Engine
 from minidsv.engine_config import tokenizer_folder
 from minidsv.errors import RequestError
+from minidsv.server.chat_completions import Messages, render
 from minidsv.server.models import check_model
 from minidsv.server.protocol import Flag, Integer, Text, refuse_unsupported
 from minidsv.server.serving import Serving
 
-_UNSUPPORTED: dict[str, tuple[Any, ...]] = {"messages": ()}
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {"tools": (), "chat_template": ()}
 
 
 class TokenizeRequest(BaseModel):
@@ -22,9 +24,31 @@ class TokenizeRequest(BaseModel):
 
     model_config = ConfigDict(extra="allow")
     model: Text | None = None
-    prompt: Text
-    add_special_tokens: Flag = None  # true unless it says false
+    prompt: Text | None = None
+    messages: Messages | None = None
+    add_special_tokens: Flag = None  # for a prompt true unless it says false, for messages false
+    add_generation_prompt: Flag = None
+    continue_final_message: Flag = None
+    chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: Flag = None
+
+    def token_ids(self, engine: Engine) -> list[int]:
+        """Raises RequestError unless there is one of prompt and messages."""
+        refuse_unsupported(self, "", _UNSUPPORTED)
+        if (self.prompt is None) == (self.messages is None):
+            raise RequestError("prompt", "exactly one of prompt and messages is needed")
+        if self.prompt is not None:
+            return engine.tokenizer.encode(self.prompt, self.add_special_tokens is not False)
+        if self.add_special_tokens:
+            raise RequestError("add_special_tokens", "the chat format has brought them")
+        rendered = render(
+            engine,
+            self.messages or [],
+            self.add_generation_prompt,
+            self.continue_final_message,
+            self.chat_template_kwargs,
+        )
+        return rendered.token_ids
 
 
 class DetokenizeRequest(BaseModel):
@@ -41,9 +65,8 @@ def routes(serving: Serving) -> APIRouter:
     @router.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
         check_model(serving, body.model)
-        refuse_unsupported(body, "", _UNSUPPORTED)
-        engine, special = serving.engine, body.add_special_tokens is not False
-        ids = await asyncio.to_thread(engine.tokenizer.encode, body.prompt, special)
+        engine = serving.engine
+        ids = await asyncio.to_thread(body.token_ids, engine)
         answer: dict[str, Any] = {"count": len(ids), "tokens": ids}
         if body.return_token_strs:
             answer["token_strs"] = [engine.tokenizer.token_text(token) for token in ids]

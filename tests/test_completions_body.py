@@ -129,7 +129,8 @@ def test_parts_join_to_the_whole(llm: LLM) -> None:
     llm.engine.add(choice.request)
     parts = []
     while llm.engine.has_work:
-        parts += [part for output in llm.engine.step() for part in choice.parts(output)]
+        for output in llm.engine.step():
+            parts += [part for chunk in choice.chunks(output) for part in chunk["choices"]]
     assert len(parts) == 6
     assert "".join(part["text"] for part in parts) == whole["text"]
     assert [token for part in parts for token in part["token_ids"]] == whole["token_ids"]

@@ -64,8 +64,8 @@ def metrics(served: Served) -> dict[str, float]:
 
 KEYS = ServerOptions(api_key=("first-key", "second-key"))
 ACCEPTED = ["Bearer first-key", "Bearer second-key", "bearer  second-key"]
-REFUSED = [None, "", "first-key", "Bearer", "Bearer first", "Bearer first-keys", "Basic first-key",
-           "Bearer first-key second-key", "Bearer \xe4"]  # fmt: skip
+REFUSED = [None, "", "first-key", "Bearer", "Bearer first", "Bearer first-keys",
+           "Basic first-key", "Bearer first-key second-key", "Bearer \xe4"]  # fmt: skip
 
 
 def test_keys() -> None:
@@ -321,6 +321,32 @@ def test_metrics_equal_what_was_answered() -> None:
     phases = ("queue_time", "prefill_time", "decode_time")
     whole = sum(after[f"request_{phase}_seconds_sum"] for phase in phases)
     assert whole == pytest.approx(after["e2e_request_latency_seconds_sum"], abs=1e-6)
+
+
+def test_prompt_of_several_outputs_counts_once(served: Served) -> None:
+    before = metrics(served)
+    body = {
+        "model": "tiny",
+        "prompt": [[5] * 7, [6] * 4],
+        "n": 3,
+        "max_tokens": 2,
+        "temperature": 1,
+    }
+    usage = served.client.post("/v1/completions", json=body).json()["usage"]
+    after = metrics(served)
+    grown = {name: after[name] - before[name] for name in before}
+    assert grown["prompt_tokens_total"] == usage["prompt_tokens"] == 11
+    assert grown["generation_tokens_total"] == usage["completion_tokens"]
+    assert (grown["request_params_n_count"], grown["request_params_n_sum"]) == (2, 6)
+
+
+def test_schema_documents_every_error(served: Served) -> None:
+    schema = served.client.get("/openapi.json").json()
+    for path, operations in schema["paths"].items():
+        for operation in operations.values():
+            missing = {"400", "401", "413", "500", "503"} - operation["responses"].keys()
+            assert not missing, path
+            assert "422" not in operation["responses"], path
 
 
 def test_gauges_show_the_load(monkeypatch: pytest.MonkeyPatch) -> None:
