@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from minidsv.engine import Engine, StepOutput
 from minidsv.errors import RequestError
-from minidsv.request import Logprob, LogprobDict, Request, SamplingParams
+from minidsv.request import IndexerTopk, Logprob, LogprobDict, Request, SamplingParams
 from minidsv.server.protocol import (
     MAX_LOGPROBS,
     Biases,
@@ -181,20 +181,22 @@ class Answer:
         self._body, self._prompt_logprobs = body, prompt_logprobs
         self._start = time.perf_counter()
         self._text = ""
-        self._num_tokens = self._num_new = 0
+        self._num_tokens = 0
+        self._selections: list[IndexerTopk] = []
         self._finished = False
 
     def add(self, output: StepOutput) -> None:
         """Take in what a step brought."""
         self._text += output.text
-        self._num_new = len(output.token_ids)
-        self._num_tokens += self._num_new
+        self._num_tokens += len(output.token_ids)
+        if self._body.return_indexer_topk:
+            self._take_selections(len(output.token_ids))
         self._finished = output.finished
 
     def json(self) -> dict[str, Any]:
         """All so far; with several answers, `index` tells which one it is."""
         request = self.request
-        answer = {
+        answer: dict[str, Any] = {
             "text": self._text,
             "output_ids": request.output_token_ids[: self._num_tokens],
             "meta_info": {
@@ -204,10 +206,17 @@ class Answer:
                 "completion_tokens": self._num_tokens,
                 "e2e_latency": round(time.perf_counter() - self._start, 6),
                 **self._logprobs(),
-                **self._selections(),
             },
         }
+        if self._body.return_indexer_topk:
+            answer["meta_info"]["indexer_topk"] = [vars(item) for item in self._selections]
         return answer if request.params.n == 1 else answer | {"index": request.index}
+
+    def _take_selections(self, count: int) -> None:
+        """Off the request: they are long, and an event of a stream has only the new ones."""
+        if self._body.stream:
+            self._selections.clear()
+        self._selections += [self.request.indexer_topk.pop(0) for _ in range(count)]
 
     def _logprobs(self) -> dict[str, Any]:
         """SGLang's lists of [logprob, token id, text or null]; the first input token has none."""
@@ -226,16 +235,6 @@ class Answer:
             lists["input_top_logprobs"] = self._best(known)
             lists["output_top_logprobs"] = self._best(request.logprobs[: self._num_tokens])
         return lists
-
-    def _selections(self) -> dict[str, Any]:
-        """An item a token; in a stream those of the new tokens, which the request then holds no
-        longer: they are long.
-        """
-        if not self._body.return_indexer_topk:
-            return {}
-        held = self.request.indexer_topk
-        chosen = [held.pop(0) for _ in range(self._num_new)] if self._body.stream else held
-        return {"indexer_topk": [{"num_keys": s.num_keys, "layers": s.layers} for s in chosen]}
 
     def _taken(self, tokens: list[int], known: Sequence[LogprobDict | None]) -> list[Any]:
         return [

@@ -83,6 +83,14 @@ def test_selections(served: Served, llm: LLM) -> None:
     assert plain["meta_info"]["indexer_topk"] == want
     streamed = events(served.generate(**body, return_indexer_topk=True, stream=True))
     assert [part["meta_info"]["indexer_topk"] for part in streamed] == [[one] for one in want]
+    body["sampling_params"] = sampling | {"n": 2}
+    for stream in (False, True):
+        response = served.generate(**body, return_indexer_topk=True, stream=stream)
+        both = events(response) if stream else response.json()
+        for index in (0, 1):
+            parts = [part["meta_info"]["indexer_topk"] for part in both if part["index"] == index]
+            assert sum(parts, []) == want
+    body["sampling_params"] = sampling
     silent = served.generate(**body, return_indexer_topk=False).json()
     assert "indexer_topk" not in silent["meta_info"]
 
