@@ -88,8 +88,8 @@ def test_selections(served: Served, llm: LLM) -> None:
         response = served.generate(**body, return_indexer_topk=True, stream=stream)
         both = events(response) if stream else response.json()
         for index in (0, 1):
-            parts = [part["meta_info"]["indexer_topk"] for part in both if part["index"] == index]
-            assert sum(parts, []) == want
+            infos = [part["meta_info"] for part in both if part["index"] == index]
+            assert [item for info in infos for item in info["indexer_topk"]] == want
     body["sampling_params"] = sampling
     silent = served.generate(**body, return_indexer_topk=False).json()
     assert "indexer_topk" not in silent["meta_info"]
