@@ -1,12 +1,14 @@
 /** The generated tokens as text that can be pointed at, and the details of one of them. */
 
+const SHOW_MS = 100; // between looks at the newest token, however many come
+
 export class Output {
   #box;
   #details;
   #onShow;
   #shown = -1; // index of the token whose details are on show
   #held = false; // by the mouse or the keyboard; otherwise the newest token is shown
-  #frame = 0; // the request to show the newest token, if one is under way
+  #timer = 0; // until the newest token is shown, if one waits for that
   tokens = [];
   length = 0; // of the text
 
@@ -25,9 +27,9 @@ export class Output {
   }
 
   clear() {
-    cancelAnimationFrame(this.#frame);
+    clearTimeout(this.#timer);
     this.tokens = [];
-    this.length = this.#frame = 0;
+    this.length = this.#timer = 0;
     this.#shown = -1;
     this.#held = false;
     this.#box.replaceChildren();
@@ -49,13 +51,13 @@ export class Output {
     const atEnd = this.#box.scrollHeight - this.#box.scrollTop - this.#box.clientHeight < 40;
     this.#box.append(span);
     if (atEnd) this.#box.scrollTop = this.#box.scrollHeight;
-    this.#frame ||= requestAnimationFrame(() => this.flush()); // once, however many tokens come
+    this.#timer ||= setTimeout(() => this.flush(), SHOW_MS);
   }
 
   /** Show the newest token now, if nobody chose another. */
   flush() {
-    cancelAnimationFrame(this.#frame);
-    this.#frame = 0;
+    clearTimeout(this.#timer);
+    this.#timer = 0;
     if (!this.#held && this.tokens.length) this.#show(this.tokens.length - 1);
   }
 
