@@ -7,7 +7,8 @@ its ports in vLLM (`deepseek_v32_encoding.py`) and SGLang (`encoding_dsv32.py`) 
     system      content
     user        User content Assistant, then `<think>` if it is the last of the users' turns and
                 thinking is on, else `</think>`
-    developer   as user, behind "\\n\\n# The user's message is: "
+    developer   as user, behind "\\n\\n# The user's message is: " (an earlier one stays; with the
+                official file's `drop_thinking` such a conversation fails)
     assistant   content EOS; behind the last user's turn and with thinking on, its reasoning and
                 `</think>` come first, so earlier reasoning is always left out
 

@@ -1,5 +1,6 @@
 """Engine: requests in, tokens and text out, a step at a time. One thread owns it."""
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +43,8 @@ class EngineStats:
     prefill_tokens: int  # computed in prefill chunks, a preempted request's again
     decode_tokens: int  # computed one a request and step
     preemptions: int
+    prefix_cache_queries: int  # tokens of the requests that looked for a cached prefix
+    prefix_cache_hits: int  # those that they found
 
 
 class Engine:
@@ -59,7 +62,7 @@ class Engine:
             _load(self.config, self.model_config),
             self.eos_token_ids,
         )
-        self.block_manager = BlockManager(self.runner.num_pages)
+        self.block_manager = BlockManager(self.runner.num_pages, self.config.enable_prefix_caching)
         self.scheduler = Scheduler(
             self.block_manager, self.config.max_num_seqs, self.config.max_num_batched_tokens
         )
@@ -83,10 +86,11 @@ class Engine:
         params: SamplingParams,
         prompt: str | None = None,
         request_id: str | None = None,
+        cache_salt: str | None = None,
     ) -> list[Request]:
         """Check a prompt and make its `params.n` requests; raises RequestError, with the numbers,
         if they can never run."""
-        return self.intake.requests(token_ids, params, prompt, request_id)
+        return self.intake.requests(token_ids, params, prompt, request_id, cache_salt)
 
     def make_request(
         self,
@@ -94,11 +98,12 @@ class Engine:
         params: SamplingParams,
         prompt: str | None = None,
         request_id: str | None = None,
+        cache_salt: str | None = None,
     ) -> Request:
         """`make_requests` for a single output."""
         if params.n != 1:
             raise RequestError("n", f"{params.n} outputs are not one request")
-        return self.make_requests(token_ids, params, prompt, request_id)[0]
+        return self.make_requests(token_ids, params, prompt, request_id, cache_salt)[0]
 
     def add(self, request: Request) -> None:
         """Queue a request made by `make_requests`."""
@@ -124,8 +129,10 @@ class Engine:
             chunk.request.prompt_logprobs += [self._logprobs(row) for row in rows]
         scored = [chunk.request for chunk in chunks if chunk.scores]
         sampled = [chunk.request for chunk in chunks if chunk.samples]
+        now = time.monotonic()
         for request, token in zip(sampled, result.token_ids, strict=True):
             request.output_token_ids.append(token)
+            request.first_token_time = request.first_token_time or now
         for request, selection in result.indexer_topk.items():
             request.indexer_topk.append(selection)
         return [self._scored(request) for request in scored] + [
@@ -163,6 +170,8 @@ class Engine:
             prefill_tokens=self._prefill_tokens,
             decode_tokens=self._decode_tokens,
             preemptions=self.scheduler.num_preemptions,
+            prefix_cache_queries=pages.prefix_queries,
+            prefix_cache_hits=pages.prefix_hits,
         )
 
     def _count(self, chunks: list[Chunk]) -> None:
@@ -196,7 +205,7 @@ class Engine:
 
     def _finish(self, request: Request, reason: str) -> None:
         request.text = self._texts.pop(request).finish()
-        request.finish_reason = reason
+        request.finish_reason, request.finished_time = reason, time.monotonic()
         self.scheduler.finish(request)
 
     def _logprobs(self, row: RowLogprobs) -> LogprobDict:

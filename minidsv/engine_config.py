@@ -35,6 +35,7 @@ class EngineConfig:
     max_num_seqs: int = _option(64, "most requests that run at once")
     max_num_batched_tokens: int = _option(8192, "most tokens in one step")
     num_pages: int | None = _option(None, "pages of 64 tokens in the cache pool")
+    enable_prefix_caching: bool = _option(True, "reuse the cached pages of equal prefixes")
     seed: int = _option(0, "seed of requests that bring none, and of random weights")
 
     def __post_init__(self) -> None:
@@ -47,6 +48,10 @@ class EngineConfig:
             if isinstance(option.default, str) or option.name == "model":
                 if not isinstance(value, str):
                     raise ConfigError(f"{option.name}: {value!r} is not a string")
+                continue
+            if isinstance(option.default, bool):
+                if not isinstance(value, bool):
+                    raise ConfigError(f"{option.name}: {value!r} is not True or False")
                 continue
             least = 0 if option.name == "seed" else 1
             number = isinstance(value, int) and not isinstance(value, bool)

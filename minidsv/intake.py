@@ -23,6 +23,7 @@ class Intake:
         params: SamplingParams,
         prompt: str | None,
         request_id: str | None,
+        cache_salt: str | None,
     ) -> list[Request]:
         """`params.n` requests under one id; they differ in index and seed.
 
@@ -30,6 +31,8 @@ class Intake:
         """
         self.check_prompt(token_ids, room=0 if params.max_tokens == 0 else 1)
         self._check_params(params)
+        if cache_salt is not None and (not isinstance(cache_salt, str) or not cache_salt):
+            raise RequestError("cache_salt", f"{cache_salt!r} is not a non-empty string")
         max_tokens = self._max_tokens(len(token_ids), params)
         number = next(self._numbers)
         seed = params.seed if params.seed is not None else derive_seed(self._seed, number)
@@ -44,6 +47,7 @@ class Intake:
                 max_tokens,
                 prompt,
                 index,
+                cache_salt,
             )
             for index in range(params.n)
         ]

@@ -1,17 +1,21 @@
 """LLM: offline generation, the Python entry point."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+import reprlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from torch import Tensor
 
+from minidsv.chat import ChatTemplate
 from minidsv.engine import Engine, StepOutput
 from minidsv.engine_config import EngineConfig
 from minidsv.errors import ConfigError, RequestError
 from minidsv.request import IndexerTopk, LogprobDict, Request, SamplingParams
 
-Prompts = str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]]
+Prompt = str | Sequence[int] | Mapping[str, Any]
+Prompts = Prompt | Sequence[Prompt]
+Conversation = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ class RequestOutput:
     prompt_token_ids: list[int]
     prompt_logprobs: list[LogprobDict | None] | None
     outputs: list[CompletionOutput]
+    num_cached_tokens: int  # of the prompt: their keys were in the cache when its first output ran
 
     @classmethod
     def of(cls, requests: Sequence[Request]) -> "RequestOutput":
@@ -61,6 +66,7 @@ class RequestOutput:
                 None if first.params.prompt_logprobs is None else first.prompt_logprobs
             ),
             outputs=[CompletionOutput.of(request) for request in requests],
+            num_cached_tokens=first.num_cached_tokens,
         )
 
 
@@ -93,9 +99,11 @@ class LLM:
         """Generate for one prompt or many; outputs come in the prompts' order.
 
         prompts: a string, a list of strings, a list of token ids, or a list of such lists (strings
-        get the tokenizer's BOS, token ids are taken as they are). sampling_params: one for all, or
-        one a prompt. on_output sees every step's output as it comes. Raises RequestError before
-        anything runs if any prompt cannot be served.
+        get the tokenizer's BOS, token ids are taken as they are); instead of each a dictionary with
+        "prompt" (a string) or "prompt_token_ids", and maybe "cache_salt": only prompts of one salt
+        share cached prefixes. sampling_params: one for all, or one a prompt. on_output sees every
+        step's output as it comes. Raises RequestError before anything runs if any prompt cannot be
+        served.
         """
         engine = self.engine
         groups = self._requests(prompts, sampling_params)
@@ -111,6 +119,36 @@ class LLM:
             for request in requests:
                 engine.abort(request)
         return [RequestOutput.of(group) for group in groups]
+
+    def chat(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        on_output: Callable[[StepOutput], None] | None = None,
+        *,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """`generate` for one conversation or a list of them; see `ChatTemplate.render`.
+
+        The texts are whole: `split_reasoning` of `minidsv.chat_reasoning` parts off the reasoning.
+        """
+        template = ChatTemplate(self.engine.tokenizer, self.engine.model_config)
+        prompts = [
+            template.render(
+                conversation,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                template_kwargs=chat_template_kwargs,
+            )
+            for conversation in _conversations(messages)
+        ]
+        outputs = self.generate(
+            [prompt.token_ids for prompt in prompts], sampling_params, on_output
+        )
+        pairs = zip(outputs, prompts, strict=True)
+        return [replace(output, prompt=prompt.text) for output, prompt in pairs]
 
     def prompt_logits(self, token_ids: Sequence[int]) -> Tensor:
         """fp32 logits [len(token_ids), vocab] of one forward over the prompt."""
@@ -137,21 +175,43 @@ class LLM:
             raise RequestError("sampling_params", f"{len(params)} given for {len(items)} prompts")
         engine = self.engine
         groups = []
-        for prompt, one in zip(items, params, strict=True):
+        for item, one in zip(items, params, strict=True):
+            prompt, salt = _prompt_and_salt(item)
             text = prompt if isinstance(prompt, str) else None
             ids = engine.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-            groups.append(engine.make_requests(ids, one, text))
+            groups.append(engine.make_requests(ids, one, text, cache_salt=salt))
         return groups
 
 
-def _as_list(prompts: Prompts) -> list[str | Sequence[int]]:
-    if isinstance(prompts, str):
+def _conversations(messages: Any) -> list[Any]:
+    many = isinstance(messages, list | tuple) and all(isinstance(m, list | tuple) for m in messages)
+    return list(messages) if many and messages else [messages]
+
+
+def _as_list(prompts: Prompts) -> list[Prompt]:
+    if isinstance(prompts, str | Mapping):
         return [prompts]
     if not isinstance(prompts, Sequence) or isinstance(prompts, bytes):
         raise RequestError("prompts", f"{type(prompts).__name__} is not a string or a list")
     if prompts and all(isinstance(item, int) for item in prompts):
         return [prompts]  # type: ignore[list-item]
     for item in prompts:
-        if not isinstance(item, str | Sequence) or isinstance(item, bytes):
+        if not isinstance(item, str | Sequence | Mapping) or isinstance(item, bytes):
             raise RequestError("prompts", f"{item!r} is not a string or a list of token ids")
     return list(prompts)  # type: ignore[arg-type]
+
+
+def _prompt_and_salt(item: Prompt) -> tuple[str | Sequence[int], str | None]:
+    if not isinstance(item, Mapping):
+        return item, None
+    given = {name: value for name, value in item.items() if name != "cache_salt"}
+    match list(given.items()):
+        case [("prompt", str(text))]:
+            return text, item.get("cache_salt")
+        case [("prompt_token_ids", list() | tuple() as token_ids)]:
+            return token_ids, item.get("cache_salt")
+    raise RequestError(
+        "prompts",
+        f"{reprlib.repr(dict(item))} is refused; accepted: a string as prompt or a list as "
+        "prompt_token_ids, and cache_salt",
+    )

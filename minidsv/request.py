@@ -2,6 +2,7 @@
 
 import enum
 import reprlib
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -192,10 +193,15 @@ class Request:
     max_tokens: int  # params.max_tokens, bounded by the context
     prompt: str | None = None
     index: int = 0  # which of the prompt's params.n outputs this is
-    status: Status = Status.WAITING  # set by the scheduler, as the next three
+    cache_salt: str | None = None  # only requests of one salt share cached prefixes
+    arrival_time: float = field(default_factory=time.monotonic)  # seconds, as all times
+    status: Status = Status.WAITING  # set by the scheduler, as the next four
+    first_scheduled_time: float | None = None
     num_computed_tokens: int = 0  # tokens whose keys are in the cache
+    num_cached_tokens: int = 0  # those that were there when it first ran
     num_preemptions: int = 0
-    page_ids: list[int] = field(default_factory=list)  # set by the block manager
+    page_ids: list[int] = field(default_factory=list)  # set by the block manager, as the next
+    page_hashes: list[bytes] = field(default_factory=list)  # of the first full pages, as needed
     output_token_ids: list[int] = field(default_factory=list)  # set by the engine, as the rest
     text: str = ""
     logprobs: list[LogprobDict] = field(default_factory=list)
@@ -203,10 +209,18 @@ class Request:
     indexer_topk: list[IndexerTopk] = field(default_factory=list)  # a stream takes them off
     finish_reason: str | None = None  # "stop", "length" or "abort"
     stop_reason: str | int | None = None  # the stop string or stop token that matched
+    first_token_time: float | None = None
+    finished_time: float | None = None
 
     @property
     def num_tokens(self) -> int:
         return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Some prompt logprobs are asked for and not known yet: positions have to be computed."""
+        known = len(self.prompt_logprobs)
+        return self.params.prompt_logprobs is not None and known < len(self.prompt_token_ids)
 
     def token_ids(self, start: int, end: int) -> list[int]:
         """Tokens [start, end) of prompt + output."""

@@ -3,10 +3,12 @@ served.
 
 A step mixes decode tokens and prefill chunks under one token budget. A request is only ever behind
 by `num_tokens - num_computed_tokens`: one for a decoding request, many for a new or a preempted
-one, so the same loop serves all. When pages run out the newest running request is preempted: it
-loses its pages and is computed again later.
+one, so the same loop serves all. A request starts when there are pages for all its tokens, behind
+those that a cached prefix saves it. When pages run out the newest running request is preempted: it
+loses its pages and is computed again later, but for what is still cached by then.
 """
 
+import time
 from collections import deque
 from dataclasses import dataclass
 
@@ -14,6 +16,7 @@ from minidsv.block_manager import BlockManager
 from minidsv.kernels.constants import PAGE_SIZE
 from minidsv.request import Request, Status
 
+WATERMARK = 0.01  # share of the pages that stays free when a request starts beside others
 MAX_LOGIT_ROWS = 1024  # prompt positions whose logits one step may compute for prompt_logprobs
 
 
@@ -46,6 +49,7 @@ class Scheduler:
     def __init__(self, block_manager: BlockManager, max_num_seqs: int, max_num_batched_tokens: int):
         self.block_manager = block_manager
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
+        self.spare_pages = int(WATERMARK * block_manager.num_pages)
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # oldest first
         self.num_preemptions = 0
@@ -88,12 +92,9 @@ class Scheduler:
             and len(self.running) < self.max_num_seqs
         ):
             request = self.waiting[0]
-            size = budget.chunk_size(request)
-            if not self.block_manager.grow(request, size):
+            if not self._admit(request):
                 break
-            self.running.append(self.waiting.popleft())
-            request.status = Status.RUNNING
-            chunks.append(budget.take(request, size))
+            chunks.append(budget.take(request, budget.chunk_size(request)))
         assert chunks or not self.has_work, "requests wait and none can run"
         return chunks
 
@@ -101,6 +102,22 @@ class Scheduler:
         """The chunks were computed: their keys are in the cache."""
         for chunk in chunks:
             chunk.request.num_computed_tokens = chunk.end
+            self.block_manager.cache(chunk.request, chunk.start, chunk.end)
+
+    def _admit(self, request: Request) -> bool:
+        """Run the first waiting request, if there are pages for all its tokens and some to spare.
+
+        The spare ones are for the running requests' next tokens; alone, a request needs none.
+        """
+        cached = self.block_manager.admit(request, self.spare_pages if self.running else 0)
+        if cached is None:
+            return False
+        self.running.append(self.waiting.popleft())
+        request.status, request.num_computed_tokens = Status.RUNNING, cached
+        if request.first_scheduled_time is None:
+            request.first_scheduled_time = time.monotonic()
+            request.num_cached_tokens = cached
+        return True
 
     def _preempt_newest(self) -> Request:
         request = self.running.pop()
@@ -113,16 +130,12 @@ class Scheduler:
 
     def check(self) -> None:
         """Assert that queues, states and pages agree."""
-        self.block_manager.check()
+        self.block_manager.check(self.running)
         assert all(r.status is Status.WAITING and not r.page_ids for r in self.waiting)
         assert all(r.status is Status.RUNNING for r in self.running)
         assert len(self.running) <= self.max_num_seqs
         for request in self.running:
             assert len(request.page_ids) * PAGE_SIZE >= request.num_computed_tokens
-        held = sum(len(r.page_ids) for r in self.running)
-        assert held + self.block_manager.num_free == self.block_manager.num_pages, (
-            "a page has no living owner"
-        )
 
 
 @dataclass
@@ -134,16 +147,11 @@ class _Budget:
 
     def chunk_size(self, request: Request) -> int:
         size = min(request.num_tokens - request.num_computed_tokens, self.tokens)
-        return min(size, max(1, self.logit_rows)) if self._wants_rows(request) else size
+        return min(size, max(1, self.logit_rows)) if request.wants_prompt_logprobs else size
 
     def take(self, request: Request, size: int) -> Chunk:
         assert size > 0, f"{request.request_id} has nothing to compute"
         self.tokens -= size
-        if self._wants_rows(request):
+        if request.wants_prompt_logprobs:
             self.logit_rows -= size
         return Chunk(request, request.num_computed_tokens, size)
-
-    @staticmethod
-    def _wants_rows(request: Request) -> bool:
-        known = len(request.prompt_logprobs)
-        return request.params.prompt_logprobs is not None and known < len(request.prompt_token_ids)

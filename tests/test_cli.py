@@ -13,6 +13,7 @@ import pytest
 from minidsv import LLM, SamplingParams, __version__
 from minidsv.cli import main
 from minidsv.engine_config import bundled_model
+from minidsv.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
 TINY = ["--load-format", "random", "--device", "cpu", "--num-pages", "16"]
@@ -137,6 +138,22 @@ def test_inspect(
     assert "batch 4" in out
     assert "H200" in out
     assert ("tensors are there" in out) == (what == "folder")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "enabled"),
+    [([], True), (["--no-enable-prefix-caching"], False), (["--enable-prefix-caching"], True)],
+)
+def test_a_switch(arguments: list[str], enabled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, object]] = []
+
+    def llm(**options: object) -> None:
+        seen.append(options)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr("minidsv.llm.LLM", llm)
+    assert run_main(monkeypatch, "generate", "a", *arguments) == 2
+    assert seen[0]["enable_prefix_caching"] is enabled
 
 
 # arguments, and what the line must name

@@ -1,6 +1,7 @@
 """What ends a request: scripted tokens through the real scheduler and detokeniser."""
 
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from minidsv.engine import StepOutput
 from minidsv.engine_config import bundled_model
 from minidsv.errors import ConfigError, RequestError
 from minidsv.llm import CompletionOutput
+from minidsv.request import Request
 from minidsv.runner import StepResult
 
 PAGES = 12
@@ -122,6 +124,35 @@ def test_a_half_character_at_the_end(llm: LLM, monkeypatch: pytest.MonkeyPatch) 
     assert output.text.endswith("\ufffd")
 
 
+def test_times(llm: LLM) -> None:
+    """Arrival, first scheduled, first token, finished; a preemption changes none of them."""
+    engine = LLM(load_format="random", num_pages=3, max_num_batched_tokens=64).engine
+    params = [SamplingParams(max_tokens=m, ignore_eos=True) for m in (70, 60, 0)]
+    requests = [engine.make_request([5 + m] * 60, p) for m, p in enumerate(params)]
+    queued = engine.make_request([5], params[0])
+    for request in (*requests, queued):
+        engine.add(request)
+    engine.abort(queued)
+    first_times: dict[Request, float | None] = {}
+    while engine.has_work:
+        before = time.monotonic()
+        for output in engine.step():
+            if output.token_ids and output.request not in first_times:
+                first_times[output.request] = output.request.first_token_time
+                assert before <= (output.request.first_token_time or 0) <= time.monotonic()
+    assert requests[1].num_preemptions > 0
+    for request in requests[:2]:
+        assert request.first_scheduled_time is not None
+        assert request.finished_time is not None
+        assert request.arrival_time < request.first_scheduled_time
+        assert request.first_scheduled_time < (request.first_token_time or 0)
+        assert request.first_token_time == first_times[request] < request.finished_time
+    assert requests[2].first_token_time is None
+    assert (requests[2].finished_time or 0) > (requests[2].first_scheduled_time or 1e99)
+    assert (queued.first_scheduled_time, queued.first_token_time) == (None, None)
+    assert (queued.finished_time or 0) > queued.arrival_time
+
+
 @pytest.mark.parametrize("when", [0, 1, 3])
 def test_abort(when: int, llm: LLM) -> None:
     """Aborted while queued, in prefill, in decode; also as the last one running."""
@@ -160,6 +191,10 @@ def test_prompt_forms(llm: LLM) -> None:
     assert (text.prompt, tokens.prompt) == ("hello", None)
     assert text.prompt_token_ids == tokens.prompt_token_ids == ids
     assert llm.generate([ids, [3]], params)[0].outputs == text.outputs
+    dictionaries = [{"prompt": "hello"}, {"prompt_token_ids": ids, "cache_salt": "mine"}]
+    for output, given in zip(llm.generate(dictionaries, params), ("hello", None), strict=True):
+        assert (output.prompt, output.outputs) == (given, text.outputs)
+    assert llm.generate(dictionaries[0], params)[0].outputs == text.outputs
     assert len(both[1].outputs[0].token_ids) == 2
     assert llm.generate([], params) == []
 
@@ -176,6 +211,11 @@ def test_prompt_forms(llm: LLM) -> None:
         (3, {}, ["prompts", "int"]),
         ([None], {}, ["prompts", "None"]),
         (["ok", "\ud800"], {}, ["prompt", "Unicode"]),
+        ({"prompt": [5]}, {}, ["prompts", "'prompt'", "prompt_token_ids"]),
+        ([{"prompt": "x", "prompt_token_ids": [5]}], {}, ["prompts", "'prompt'"]),
+        ({"cache_salt": "x"}, {}, ["prompts", "cache_salt"]),
+        ({"prompt": "x", "cache_salt": ""}, {}, ["cache_salt", "''"]),
+        ({"prompt_token_ids": [1280]}, {}, ["prompt", "1280"]),
         ([5] * 590, {}, ["max_tokens", "590", "16", "606", "600"]),
         ("x", {"max_tokens": 599}, ["max_tokens", "599", "600"]),
         ("x", {"logprobs": 5000}, ["logprobs", "5000", "1280"]),
@@ -404,7 +444,7 @@ def test_stats() -> None:
     assert (engine.stats().running, engine.stats().waiting) == (0, 2)
     engine.step()
     assert engine.stats().prefill_tokens == 64
-    assert engine.stats().kv_cache_usage == pytest.approx(0.25)
+    assert engine.stats().kv_cache_usage == pytest.approx(0.5)
     while engine.has_work:
         engine.step()
     stats = engine.stats()

@@ -1,4 +1,4 @@
-"""Policy under random traffic: pages conserved, never owned twice, every request ends."""
+"""Policy under random traffic: pages conserved, keys never mistaken, every request ends."""
 
 import sys
 from dataclasses import dataclass, field
@@ -10,13 +10,40 @@ from hypothesis import strategies as st
 from minidsv.block_manager import BlockManager, pages_for
 from minidsv.kernels.constants import PAGE_SIZE
 from minidsv.request import Request, SamplingParams, Status
-from minidsv.scheduler import MAX_LOGIT_ROWS, Scheduler
+from minidsv.scheduler import MAX_LOGIT_ROWS, Chunk, Scheduler
 
 
 def make(prompt: int, output: int, name: str = "r", **params: int) -> Request:
+    """Prompts are beginnings of one another."""
     return Request(
         name, list(range(prompt)), SamplingParams(max_tokens=output, **params), 0, output
     )
+
+
+class Memory:
+    """A cache whose slots remember the token they hold and all before it."""
+
+    def __init__(self) -> None:
+        self.slots: dict[int, int] = {}
+        self._nodes: dict[tuple[object, int], int] = {}
+
+    def contents(self, request: Request, end: int) -> dict[int, int]:
+        """What the first `end` tokens of a request mean, by slot."""
+        node: object = request.cache_salt
+        contents = {}
+        for position, token in enumerate(request.token_ids(0, end)):
+            node = self._nodes.setdefault((node, token), len(self._nodes))
+            page = request.page_ids[position // PAGE_SIZE]
+            contents[page * PAGE_SIZE + position % PAGE_SIZE] = node
+        return contents
+
+    def run(self, chunks: list[Chunk]) -> None:
+        """Write what the chunks compute; then all that they see must be theirs."""
+        seen = [self.contents(chunk.request, chunk.end) for chunk in chunks]
+        for chunk, contents in zip(chunks, seen, strict=True):
+            self.slots.update(list(contents.items())[chunk.start :])
+        for contents in seen:
+            assert contents.items() <= self.slots.items()
 
 
 def test_policy_needs_no_torch() -> None:
@@ -43,7 +70,7 @@ def test_block_manager(actions: list[tuple[int, int]], num_pages: int) -> None:
             assert grown == (wanted - len(before) <= free)
             assert len(request.page_ids) == (wanted if grown else len(before))
             assert request.page_ids[: len(before)] == before
-        manager.check()
+        manager.check(requests)
     for request in requests:
         manager.free(request)
     assert manager.num_free == num_pages
@@ -56,7 +83,9 @@ class Traffic:
     num_pages: int
     max_num_seqs: int
     budget: int
-    arrivals: list[list[tuple[int, int, bool]]] = field(default_factory=list)
+    prefix_caching: bool
+    spare_pages: int
+    arrivals: list[list[Request]] = field(default_factory=list)
     aborts: list[int | None] = field(default_factory=list)
 
 
@@ -66,34 +95,42 @@ def traffic(draw: st.DrawFn) -> Traffic:
     most = num_pages * PAGE_SIZE
 
     @st.composite
-    def request(draw: st.DrawFn) -> tuple[int, int, bool]:
+    def request(draw: st.DrawFn) -> Request:
         prompt = draw(st.integers(1, most - 1))
         output = draw(st.integers(1, min(40, most - prompt)))
-        return prompt, output, draw(st.booleans())
+        rows = {"prompt_logprobs": 1} if draw(st.booleans()) else {}
+        request = make(prompt, output, **rows)
+        request.cache_salt = draw(st.sampled_from([None, None, "salt"]))
+        if (other := draw(st.integers(0, 2 * prompt))) < prompt:
+            request.prompt_token_ids[other] = -1
+        return request
 
     steps = draw(st.integers(1, 8))
     return Traffic(
         num_pages,
         draw(st.integers(1, 6)),
         draw(st.sampled_from([1, 3, 17, 64, 300, 8192])),
+        draw(st.integers(0, 3)) > 0,
+        draw(st.integers(0, 3)),
         [draw(st.lists(request(), max_size=3)) for _ in range(steps)],
         [draw(st.none() | st.integers(0, 20)) for _ in range(steps)],
     )
 
 
 @given(traffic())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_every_request_ends(case: Traffic) -> None:
-    manager = BlockManager(case.num_pages)
+    """On keys that are its own, whatever was cached, shared, preempted or aborted on the way."""
+    manager = BlockManager(case.num_pages, case.prefix_caching)
     scheduler = Scheduler(manager, case.max_num_seqs, case.budget)
-    requests: list[Request] = []
+    scheduler.spare_pages = case.spare_pages
+    memory, requests = Memory(), list[Request]()
     step, idle = 0, 0
     while step < len(case.arrivals) or scheduler.has_work:
         if step < len(case.arrivals):
-            for prompt, output, rows in case.arrivals[step]:
-                extra = {"prompt_logprobs": 1} if rows else {}
-                requests.append(make(prompt, output, str(len(requests)), **extra))
-                scheduler.add(requests[-1])
+            for request in case.arrivals[step]:
+                requests.append(request)
+                scheduler.add(request)
             victim = case.aborts[step]
             if victim is not None and victim < len(requests):
                 scheduler.finish(requests[victim])
@@ -105,11 +142,16 @@ def test_every_request_ends(case: Traffic) -> None:
             assert chunk.num_tokens > 0
             assert chunk.start == chunk.request.num_computed_tokens
             assert pages_for(chunk.end) <= len(chunk.request.page_ids)
+        memory.run(chunks)
         scheduler.advance(chunks)
         for chunk in chunks:
-            request = chunk.request
+            request, known = chunk.request, chunk.request.prompt_logprobs
+            if request.params.prompt_logprobs is not None:
+                assert chunk.start <= len(known) or len(known) == len(request.prompt_token_ids)
+                end = min(chunk.end + 1, len(request.prompt_token_ids))
+                known += [None] * max(0, end - len(known))
             if chunk.end == request.num_tokens:
-                request.output_token_ids.append(0)
+                request.output_token_ids.append(len(request.output_token_ids) % 3)
                 if len(request.output_token_ids) == request.max_tokens:
                     scheduler.finish(request)
         scheduler.check()
@@ -118,6 +160,9 @@ def test_every_request_ends(case: Traffic) -> None:
         assert idle <= len(case.arrivals) + 1
     assert all(r.status is Status.FINISHED for r in requests)
     assert manager.num_free == case.num_pages
+    assert manager.prefix_hits == sum(r.num_cached_tokens for r in requests)
+    if not case.prefix_caching:
+        assert manager.prefix_queries == manager.prefix_hits == 0
 
 
 def test_first_come_first_served_and_newest_preempted() -> None:
@@ -144,6 +189,26 @@ def test_first_come_first_served_and_newest_preempted() -> None:
     assert [(c.start, c.num_tokens) for c in scheduler.schedule()] == [(0, new.num_tokens)]
 
 
+def test_a_start_leaves_pages_for_the_running() -> None:
+    """1 % of the pages; the next in line waits, later ones behind it, and alone it gets all."""
+    manager = BlockManager(200)
+    scheduler = Scheduler(manager, 8, 200 * PAGE_SIZE)
+    alone, big, small = make(200 * PAGE_SIZE - 2, 2), make(200, 1), make(1, 1)
+    run_to_end(scheduler, alone)
+    old = make(195 * PAGE_SIZE, 500)
+    old.prompt_token_ids = [-t for t in old.prompt_token_ids]
+    for request in (old, big, small):
+        scheduler.add(request)
+    chunks = scheduler.schedule()
+    assert [c.request for c in chunks] == [old]
+    assert manager.num_free == 5  # big's 4 pages would leave one, small's would leave 4
+    scheduler.advance(chunks)
+    scheduler.finish(big)
+    old.output_token_ids.append(7)
+    assert [c.request for c in scheduler.schedule()] == [old, small]
+    assert (manager.num_free, scheduler.num_preemptions) == (3, 0)
+
+
 def test_prompt_logprobs_are_rationed() -> None:
     """Logits of a step stay bounded however long the prompt is."""
     scheduler = Scheduler(BlockManager(200), 8, 8192)
@@ -166,3 +231,97 @@ def test_finish_from_any_state(status: str) -> None:
     scheduler.finish(request)
     assert not scheduler.has_work
     assert manager.num_free == 4
+
+
+def run_to_end(scheduler: Scheduler, *requests: Request) -> int:
+    """Serve requests together; returns the tokens that were computed."""
+    computed = 0
+    for request in requests:
+        scheduler.add(request)
+    while scheduler.has_work:
+        chunks = scheduler.schedule()
+        scheduler.advance(chunks)
+        scheduler.check()
+        for chunk in chunks:
+            computed += chunk.num_tokens
+            if chunk.end == chunk.request.num_tokens:
+                chunk.request.output_token_ids.append(7)
+                if len(chunk.request.output_token_ids) == chunk.request.max_tokens:
+                    scheduler.finish(chunk.request)
+    return computed
+
+
+@pytest.mark.parametrize(
+    ("length", "cached"), [(63, 0), (64, 0), (65, 64), (127, 64), (128, 64), (129, 128)]
+)
+def test_a_full_hit_leaves_a_token_to_compute(length: int, cached: int) -> None:
+    scheduler = Scheduler(BlockManager(8), 8, 8192)
+    assert run_to_end(scheduler, make(length, 1)) == length
+    again = make(length, 1)
+    assert run_to_end(scheduler, again) == length - cached
+    assert again.num_cached_tokens == cached
+
+
+def test_outputs_are_cached_too() -> None:
+    scheduler = Scheduler(BlockManager(8), 8, 8192)
+    first = make(60, 80)
+    run_to_end(scheduler, first)
+    dialogue = make(200, 1)
+    dialogue.prompt_token_ids[:140] = first.token_ids(0, 140)
+    run_to_end(scheduler, dialogue)
+    assert dialogue.num_cached_tokens == 128  # of the 139 that were computed
+
+
+def test_salts_and_prompt_logprobs_do_not_share() -> None:
+    manager = BlockManager(16)
+    scheduler = Scheduler(manager, 8, 8192)
+    run_to_end(scheduler, make(130, 1))
+    salted, twin = make(130, 1), make(130, 1)
+    salted.cache_salt, twin.cache_salt = "a", "a"
+    rows = make(130, 1, prompt_logprobs=1)
+    for request, cached in ((salted, 0), (twin, 128), (rows, 0), (make(130, 1), 128)):
+        run_to_end(scheduler, request)
+        assert request.num_cached_tokens == cached
+    assert (manager.prefix_queries, manager.prefix_hits) == (4 * 130, 2 * 128)
+
+
+def test_least_recently_used_pages_go_first_and_ends_before_beginnings() -> None:
+    manager = BlockManager(6)
+    scheduler = Scheduler(manager, 8, 8192)
+    old, new = make(129, 1), make(129, 1)
+    new.prompt_token_ids = [-t for t in new.prompt_token_ids]
+    other = [1000 + t for t in range(193)]
+    for request in (old, new):
+        run_to_end(scheduler, request)  # 2 pages each, and 2 without a hash
+    run_to_end(scheduler, Request("r", other[:129], SamplingParams(), 0, 1))  # takes old's last
+    for prompt, cached in ((new.prompt_token_ids, 128), (old.prompt_token_ids, 64)):
+        again = Request("r", list(prompt), SamplingParams(), 0, 1)
+        run_to_end(scheduler, again)
+        assert again.num_cached_tokens == cached
+
+
+def test_shared_pages_outlive_every_owner_but_the_last() -> None:
+    manager = BlockManager(8)
+    scheduler = Scheduler(manager, 8, 8192)
+    run_to_end(scheduler, make(129, 1))
+    sharers = [make(129, 9) for _ in range(4)]
+    for request in sharers:
+        scheduler.add(request)
+    scheduler.advance(scheduler.schedule())
+    assert manager.num_free == 8 - 2 - 4
+    for ended, request in enumerate(sharers, 1):
+        scheduler.finish(request)
+        scheduler.check()
+        assert manager.num_free == (8 if ended == 4 else 8 - 2 - (4 - ended))
+
+
+def test_a_preempted_request_finds_its_own_pages() -> None:
+    manager = BlockManager(4)
+    scheduler = Scheduler(manager, 8, 8192)
+    old, new = make(60, 60), make(130, 60)
+    new.prompt_token_ids = [-t for t in new.prompt_token_ids]
+    computed = run_to_end(scheduler, old, new)
+    assert new.num_preemptions == 1
+    again = 134 - 128  # what it had computed beyond its full pages
+    assert computed == 60 + 59 + 130 + 59 + again
+    assert (new.num_cached_tokens, manager.prefix_hits) == (0, 0)
