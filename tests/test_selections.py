@@ -68,14 +68,14 @@ def test_against_transformers(
     family: str, checkpoints: dict[str, Path], hf_models: dict[str, Any]
 ) -> None:
     """Asking and silent requests in one batch, chunked, preempted, over shuffled pages."""
-    prompts = [prompt(n, seed=5) for n in (100, 62, 130, TOPK - 5, 70)]
-    params = [ASKING, SILENT, ASKING, ASKING, ASKING]
-    llm = LLM(str(checkpoints[family]), num_pages=5, max_num_batched_tokens=33)
+    prompts = [prompt(n, seed=5) for n in (120, 62, 60, 130, TOPK - 5, 70)]
+    params = [ASKING, SILENT, ASKING, ASKING, ASKING, ASKING]
+    llm = LLM(str(checkpoints[family]), num_pages=4, max_num_batched_tokens=33)
     shuffle_pages(llm, seed=0)
     outputs = llm.generate(prompts, params)
     assert llm.engine.scheduler.num_preemptions > 0
     assert outputs[1].outputs[0].indexer_topk is None
-    for ids, output in ((prompts[i], outputs[i].outputs[0]) for i in (0, 2, 3, 4)):
+    for ids, output in ((prompts[i], outputs[i].outputs[0]) for i in (0, 2, 3, 4, 5)):
         sequence = (*ids, *output.token_ids[:-1])
         assert output.indexer_topk == expected(hf_models[family], sequence, len(ids) - 1)
 
@@ -121,7 +121,7 @@ def test_who_does_not_ask_or_has_no_choice_pays_nothing(
         return recorder
 
     monkeypatch.setattr("minidsv.runner.selection_recorder", spy)
-    llm.generate([prompt(100)], SILENT)
+    llm.generate([prompt(100, seed=1)], SILENT)
     assert not any(recorders)
     recorders.clear()
     llm.generate([prompt(100)], ASKING)
