@@ -55,7 +55,8 @@ def options_of(
 def _parameter(option: "Field[Any]") -> inspect.Parameter:
     """A dataclass's field as the parameter from which typer makes an option."""
     choices, default = option.metadata["choices"], option.default
-    flags = [f"--{option.name.replace('_', '-')}"] if option.type is bool else []
+    # A switch that is off needs no word for off.
+    flags = [f"--{option.name.replace('_', '-')}"] if default is False else []
     kind: Any = Literal[choices] if choices else option.type
     if kind == tuple[str, ...]:
         kind = list[str]

@@ -118,7 +118,9 @@ def make_requests(
         body.chat_template_kwargs,
     )
     try:
-        requests = engine.make_requests(prompt.token_ids, params, prompt.text, request_id)
+        requests = engine.make_requests(
+            prompt.token_ids, params, prompt.text, request_id, body.cache_salt
+        )
     except RequestError as error:
         raise body.in_own_terms(error) from None
     return prompt, requests
@@ -171,7 +173,7 @@ class ChatChoice:
     def __init__(
         self, body: ChatRequest, prompt: ChatPrompt, request: Request, tokenizer: Tokenizer
     ):
-        self.request = request
+        self.request = self.scored = request
         self.num_tokens = 0  # output tokens in the parts so far
         self._body, self._prompt, self._tokenizer = body, prompt, tokenizer
         self._splitter = prompt.splitter()

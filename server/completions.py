@@ -111,8 +111,8 @@ def _make_requests(
         ids = engine.tokenizer.encode(
             prompt, add_special_tokens=body.add_special_tokens is not False
         )
-        return engine.make_requests(ids, params, prompt, request_id)
-    requests = engine.make_requests(prompt, params, None, request_id)
+        return engine.make_requests(ids, params, prompt, request_id, body.cache_salt)
+    requests = engine.make_requests(prompt, params, None, request_id, body.cache_salt)
     if body.echo:
         text = engine.tokenizer.decode(prompt)
         for request in requests:

@@ -11,7 +11,7 @@ from minidsv.server.exchange import Exchange, exchange_of
 from minidsv.server.responses import EventStream, event
 from minidsv.server.serving import Serving
 from minidsv.server.sglang import Answer, GenerateRequest, make_requests
-from minidsv.server.streams import STREAM_OR_JSON
+from minidsv.server.streams import STREAM_OR_JSON, after_scores
 
 
 def routes(serving: Serving) -> APIRouter:
@@ -22,8 +22,7 @@ def routes(serving: Serving) -> APIRouter:
         """One prompt. With sampling_params.n the answer is a list."""
         name = exchange_of(http).id
         requests = await asyncio.to_thread(make_requests, serving.engine, body, name)
-        scored = requests[0].prompt_logprobs
-        answers = {request: Answer(body, request, scored) for request in requests}
+        answers = {request: Answer(body, request, requests[0]) for request in requests}
         outputs = serving.run(http, requests)
         if body.stream:
             return EventStream(_events(answers, outputs))
@@ -40,7 +39,8 @@ async def _events(
     answers: Mapping[EngineRequest, Answer], outputs: Exchange
 ) -> AsyncIterator[bytes]:
     """One event an answer and engine step."""
-    async for batch in outputs:
+    scored = {request: answer.scored for request, answer in answers.items()}
+    async for batch in after_scores(outputs, scored):
         pieces = []
         for output in batch:
             answer = answers[output.request]

@@ -25,7 +25,6 @@ from minidsv.tokenizer import Tokenizer
 # Documented fields of OpenAI, vLLM and SGLang that we lack on both routes -> values that ask for
 # nothing (None and what is empty always do).
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "cache_salt": (),
     "best_of": (1,),
     "use_beam_search": (False,),
     "length_penalty": (1,),
@@ -105,6 +104,7 @@ class OpenAIRequest(BaseModel):
     return_token_ids: Flag = None
     return_tokens_as_token_ids: Flag = None
     request_id: Annotated[Text, Field(min_length=1, max_length=128)] | None = None
+    cache_salt: Annotated[Text, Field(min_length=1, max_length=1024)] | None = None
     user: Text | None = None  # the caller's own mark
 
     def check(self, unsupported: dict[str, tuple[Any, ...]]) -> None:
@@ -141,6 +141,7 @@ def usage(prompts: Sequence[Request], completion_tokens: int) -> dict[str, Any]:
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": sum(r.num_cached_tokens for r in prompts)},
     }
 
 

@@ -47,7 +47,6 @@ _UNSUPPORTED_REQUEST: dict[str, tuple[Any, ...]] = {
     "data_parallel_rank": (),
     "background": (False,),
     "priority": (),
-    "extra_key": (),
 }
 _UNSUPPORTED_SAMPLING: dict[str, tuple[Any, ...]] = {
     "stop_regex": (),
@@ -111,6 +110,7 @@ class GenerateRequest(BaseModel):
     return_indexer_topk: Flag = None  # ours, not SGLang's
     stream: Flag = None
     rid: Text | None = None
+    extra_key: Annotated[Text, Field(min_length=1)] | None = None  # our cache_salt
 
     def prompt(self) -> str | list[int]:
         """The one prompt given; raises RequestError for none or two."""
@@ -165,7 +165,7 @@ def make_requests(engine: Engine, body: GenerateRequest, request_id: str) -> lis
                 "logprob_start_len",
                 f"{body.logprob_start_len} lies behind the prompt's {len(ids)} tokens",
             )
-        return engine.make_requests(ids, params, text, body.rid or request_id)
+        return engine.make_requests(ids, params, text, body.rid or request_id, body.extra_key)
     except RequestError as error:
         raise body.in_own_terms(error) from None
 
@@ -173,12 +173,10 @@ def make_requests(engine: Engine, body: GenerateRequest, request_id: str) -> lis
 class Answer:
     """One answer as its request goes on; every event of a stream repeats all of it so far."""
 
-    def __init__(
-        self, body: GenerateRequest, request: Request, prompt_logprobs: list[LogprobDict | None]
-    ):
-        """`prompt_logprobs` are those of the first of the prompt's requests."""
-        self.request = request
-        self._body, self._prompt_logprobs = body, prompt_logprobs
+    def __init__(self, body: GenerateRequest, request: Request, scored: Request):
+        """`scored` is the first of the prompt's requests: it computes the prompt's logprobs."""
+        self.request, self.scored = request, scored
+        self._body = body
         self._start = time.perf_counter()
         self._text = ""
         self._num_tokens = 0
@@ -204,6 +202,7 @@ class Answer:
                 "finish_reason": _finish_reason(request) if self._finished else None,
                 "prompt_tokens": len(request.prompt_token_ids),
                 "completion_tokens": self._num_tokens,
+                "cached_tokens": request.num_cached_tokens,
                 "e2e_latency": round(time.perf_counter() - self._start, 6),
                 **self._logprobs(),
             },
@@ -225,11 +224,13 @@ class Answer:
             return {}
         start = -1 if body.logprob_start_len is None else body.logprob_start_len
         inputs = request.prompt_token_ids[start:] if start >= 0 else []
-        known = [None, *self._prompt_logprobs[start + 1 :]][: len(inputs)]
+        known: list[LogprobDict | None] = [None, *self.scored.prompt_logprobs[start + 1 :]][
+            : len(inputs)
+        ]
         outputs = request.output_token_ids[: self._num_tokens]
         lists = {
             "input_token_logprobs": self._taken(inputs, known),
-            "output_token_logprobs": self._taken(outputs, request.logprobs),
+            "output_token_logprobs": self._taken(outputs, request.logprobs[: self._num_tokens]),
         }
         if body.top_logprobs_num:
             lists["input_top_logprobs"] = self._best(known)
@@ -239,7 +240,7 @@ class Answer:
     def _taken(self, tokens: list[int], known: Sequence[LogprobDict | None]) -> list[Any]:
         return [
             [None, token, None] if entries is None else self._entry(token, entries[token])
-            for token, entries in zip(tokens, known, strict=False)
+            for token, entries in zip(tokens, known, strict=True)
         ]
 
     def _best(self, known: Sequence[LogprobDict | None]) -> list[Any]:

@@ -23,6 +23,7 @@ class StreamedChoice(Protocol):
     """One choice of the answer as its request goes on."""
 
     request: Request
+    scored: Request  # the one that computes what the choice shows of its prompt
     num_tokens: int  # output tokens in the parts so far
 
     def chunks(self, output: StepOutput) -> list[dict[str, Any]]:
@@ -50,6 +51,24 @@ class Head:
         }
 
 
+async def after_scores(
+    outputs: AsyncIterator[list[StepOutput]], scored: Mapping[Request, Request]
+) -> AsyncIterator[list[StepOutput]]:
+    """The same outputs, held back while the log-probabilities of their prompt are not complete.
+
+    Only the first request of a prompt computes those (`scored` names it for each), and another one,
+    whose prompt is in the prefix cache, may get its first token earlier.
+    """
+    held: list[StepOutput] = []
+    async for batch in outputs:
+        waiting = {first for first in scored.values() if first.wants_prompt_logprobs}
+        held += batch
+        ready = [output for output in held if scored[output.request] not in waiting]
+        held = [output for output in held if scored[output.request] in waiting]
+        if ready:
+            yield ready
+
+
 async def chunk_events(
     head: Mapping[str, Any],
     body: OpenAIRequest,
@@ -60,7 +79,8 @@ async def chunk_events(
     options = body.stream_options or StreamOptions()
     by_request = {choice.request: choice for choice in choices}
     base = {**head, "usage": None} if options.include_usage else dict(head)
-    async for batch in outputs:
+    scored = {choice.request: choice.scored for choice in choices}
+    async for batch in after_scores(outputs, scored):
         pieces = []
         for output in batch:
             choice = by_request[output.request]

@@ -14,6 +14,10 @@ torch.set_num_threads(1)  # the models are tiny: a second thread costs more than
 from builders import hf_model, save, use_rms_norm_eps_for_latents  # noqa: E402
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--load", type=int, default=1, help="times CI's load in test_server_ops_load")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     devices = torch.cuda.device_count()
     for item in items:

@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 import uvicorn
+from prometheus_client.parser import text_string_to_metric_families
 
 from minidsv.engine import Engine
 from minidsv.engine_config import EngineConfig
@@ -88,6 +89,17 @@ def events(response: httpx.Response) -> list[dict[str, Any]]:
     assert (done, rest) == ("data: [DONE]", "")
     assert all(block.startswith("data: {") and "\n" not in block for block in blocks)
     return [json.loads(block.removeprefix("data: ")) for block in blocks]
+
+
+def metrics(served: Served) -> dict[str, float]:
+    """Samples by name, label values other than the model's appended."""
+    families = text_string_to_metric_families(served.client.get("/metrics").text)
+    samples = {}
+    for sample in (sample for family in families for sample in family.samples):
+        assert sample.labels.pop("model_name") == "tiny"
+        name = ":".join([sample.name.removeprefix("minidsv:"), *sample.labels.values()])
+        samples[name] = sample.value
+    return samples
 
 
 def assert_error(response: httpx.Response, status: int, param: str | None, *parts: str) -> None:

@@ -179,7 +179,7 @@ BAD = [
     pytest.param(["inspect", __file__], "test_cli.py", id="inspect-no-json"),
     pytest.param(["inspect", str(bundled_model()), "--batch", "0"], "--batch", id="batch"),
     pytest.param(["inspect", str(bundled_model()), "--gpu", "abacus"], "abacus", id="gpu"),
-    pytest.param(["serve", "--port", "70000"], "--port", id="port"),
+    pytest.param(["serve", "--port", "70000"], "port: 70000", id="port"),
 ]
 
 

@@ -61,7 +61,8 @@ def test_several_prompts_and_choices(served: Served) -> None:
     body = {"prompt": [IRON, ITALY], "n": 2, "max_tokens": 3, "seed": 5, "ignore_eos": True}
     answer = complete(served, **body)
     assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
-    assert answer["usage"] == {"prompt_tokens": 30, "completion_tokens": 12, "total_tokens": 42}
+    usage = {"prompt_tokens": 30, "completion_tokens": 12, "total_tokens": 42}
+    assert answer["usage"] == usage | {"prompt_tokens_details": {"cached_tokens": 0}}
     assert joined(stream(served, **body), 4) == [choice["text"] for choice in answer["choices"]]
 
 
@@ -147,6 +148,33 @@ def test_scoring_counts_the_token_behind_the_prompt(
     alone = complete(served, **body | {"max_tokens": 0})["choices"][0]["logprobs"]
     for name, values in alone.items():
         assert values == logprobs[name][:-1]
+
+
+def test_cached_tokens(served: Served) -> None:
+    def cached(**body: Any) -> int:
+        answer = complete(served, prompt=[[9] * 200], max_tokens=1, **body)
+        return answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+    assert [cached(), cached(), cached(cache_salt="mine"), cached(cache_salt="mine")] == [
+        0, 192, 0, 192
+    ]  # fmt: skip
+
+
+def test_a_stream_waits_for_the_scores_of_its_prompt(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second choice has its prompt in the cache; the first one must compute it to score it."""
+    monkeypatch.setattr("minidsv.scheduler.MAX_LOGIT_ROWS", 16)
+    body = {"prompt": [[9] * 100], "max_tokens": 2, "ignore_eos": True, "n": 2}
+    complete(served, **body)
+    body |= {"echo": True, "logprobs": 0, "temperature": 0}
+    whole = complete(served, **body)["choices"]
+    chunks = stream(served, **body)
+    for choice in whole:
+        parts = [p for c in chunks for p in c["choices"] if p["index"] == choice["index"]]
+        tokens = [token for part in parts for token in part["logprobs"]["tokens"]]
+        assert tokens == choice["logprobs"]["tokens"]
+        assert len(parts) == 2
 
 
 def test_bodies_that_langchain_sends(served: Served) -> None:

@@ -42,6 +42,7 @@ def test_plain_answer_is_that_of_llm(prompt: dict[str, Any], served: Served, llm
         "finish_reason": {"type": "length", "length": 24},
         "prompt_tokens": len(want.prompt_token_ids),
         "completion_tokens": 24,
+        "cached_tokens": 0,
     }
 
 
