@@ -1,8 +1,24 @@
 """StepBatch: all the metadata of one step, built by the runner and passed to every forward."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
+
+
+@dataclass
+class SelectionRecorder:
+    """Keeps what the indexers select for some tokens of a step (`minidsv/selections.py`).
+
+    The layers fill it from Python while the forward runs, which the replay of a CUDA graph would
+    not do: a step that carries one runs eagerly.
+    """
+
+    rows: Tensor  # int64 [S], the tokens that are wanted
+    slots: list[Tensor] = field(default_factory=list)  # int64 [S, K], one a layer with an indexer
+
+    def record(self, topk_indices: Tensor) -> None:
+        """Take in a layer's choice: slots int64 [T, K] of the whole step."""
+        self.slots.append(topk_indices[self.rows])
 
 
 @dataclass
@@ -21,3 +37,4 @@ class StepBatch:
     block_table: Tensor  # [R, pages] physical pages of each request, 0 behind its last
     logits_index: Tensor  # [L] tokens whose logits are wanted
     max_seq_len: int  # the largest of seq_lens, known on the host
+    selections: SelectionRecorder | None = None  # for requests that want to see them

@@ -133,6 +133,8 @@ class Engine:
         for request, token in zip(sampled, result.token_ids, strict=True):
             request.output_token_ids.append(token)
             request.first_token_time = request.first_token_time or now
+        for request, selection in result.indexer_topk.items():
+            request.indexer_topk.append(selection)
         return [self._scored(request) for request in scored] + [
             self._output(request, logprobs)
             for request, logprobs in zip(sampled, result.logprobs, strict=True)

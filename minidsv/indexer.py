@@ -66,7 +66,10 @@ class Indexer:
             self._select_rows(q[i : i + rows].float(), gate[i : i + rows], step, slice(i, i + rows))
             for i in range(0, q.shape[0], rows)
         ]
-        return torch.cat(chunks)
+        topk_indices = torch.cat(chunks)
+        if step.selections is not None:
+            step.selections.record(topk_indices)
+        return topk_indices
 
     def _select_rows(self, q: Tensor, gate: Tensor, step: StepBatch, rows: slice) -> Tensor:
         seq_lens, request_index = step.seq_lens[rows], step.request_index[rows]

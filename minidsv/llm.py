@@ -11,7 +11,7 @@ from minidsv.chat import ChatTemplate
 from minidsv.engine import Engine, StepOutput
 from minidsv.engine_config import EngineConfig
 from minidsv.errors import ConfigError, RequestError
-from minidsv.request import LogprobDict, Request, SamplingParams
+from minidsv.request import IndexerTopk, LogprobDict, Request, SamplingParams
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 Prompts = Prompt | Sequence[Prompt]
@@ -28,6 +28,7 @@ class CompletionOutput:
     logprobs: list[LogprobDict] | None
     finish_reason: str | None  # "stop", "length" or "abort"
     stop_reason: str | int | None  # the stop string or stop token that ended it
+    indexer_topk: list[IndexerTopk] | None = None  # one a token, with return_indexer_topk
 
     @classmethod
     def of(cls, request: Request) -> "CompletionOutput":
@@ -38,6 +39,7 @@ class CompletionOutput:
             logprobs=None if request.params.logprobs is None else request.logprobs,
             finish_reason=request.finish_reason,
             stop_reason=request.stop_reason,
+            indexer_topk=request.indexer_topk if request.params.return_indexer_topk else None,
         )
 
 

@@ -6,7 +6,7 @@ import time
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from minidsv.errors import RequestError
 
@@ -45,6 +45,8 @@ class SamplingParams:
     logprobs        report this many best tokens at each output position, plus the sampled one
                     (-1: the whole vocabulary; None: nothing), from the model's unedited logits
     prompt_logprobs the same for each prompt position but the first
+    return_indexer_topk  report which positions the indexer selected for each output token (see
+                    IndexerTopk)
     """
 
     n: int = 1
@@ -64,6 +66,7 @@ class SamplingParams:
     min_tokens: int = 0
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    return_indexer_topk: bool = False
 
     def __post_init__(self) -> None:
         _check_int("n", self.n, 1, MAX_OUTPUTS)
@@ -82,8 +85,9 @@ class SamplingParams:
         _check_number("frequency_penalty", self.frequency_penalty, -MAX_PENALTY, MAX_PENALTY)
         _check_number("repetition_penalty", self.repetition_penalty, 1 / MAX_NUMBER)
         self._check_bias()
-        if not isinstance(self.ignore_eos, bool):
-            raise RequestError("ignore_eos", f"{self.ignore_eos!r} is not true or false")
+        for name in ("ignore_eos", "return_indexer_topk"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(name, f"{getattr(self, name)!r} is not true or false")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(
                 "min_tokens", f"{self.min_tokens} is more than max_tokens {self.max_tokens}"
@@ -166,6 +170,18 @@ class Logprob(NamedTuple):
 LogprobDict = dict[int, Logprob]
 
 
+@dataclass(frozen=True)
+class IndexerTopk:
+    """What the query that an output token was drawn from attended to.
+
+    layers: "all" if it saw at most index_topk keys; else for each layer the selected positions,
+    ascending, or the number of the earlier layer whose selection it shares.
+    """
+
+    num_keys: int  # keys that the query saw: positions 0 to num_keys - 1
+    layers: list[list[int] | int] | Literal["all"]
+
+
 @dataclass(eq=False)
 class Request:
     """One output of one prompt on its way through the engine."""
@@ -190,6 +206,7 @@ class Request:
     text: str = ""
     logprobs: list[LogprobDict] = field(default_factory=list)
     prompt_logprobs: list[LogprobDict | None] = field(default_factory=lambda: [None])
+    indexer_topk: list[IndexerTopk] = field(default_factory=list)  # a stream takes them off
     finish_reason: str | None = None  # "stop", "length" or "abort"
     stop_reason: str | int | None = None  # the stop string or stop token that matched
     first_token_time: float | None = None

@@ -1,7 +1,7 @@
 """ModelRunner: the model and its caches; turns scheduled chunks into a StepBatch and runs it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,9 +16,11 @@ from minidsv.kernels.constants import PAGE_SIZE
 from minidsv.kv_cache import KVCache, bytes_per_token
 from minidsv.logprobs import LogitRows, RowLogprobs
 from minidsv.model import DeepseekV32
+from minidsv.request import IndexerTopk, Request
 from minidsv.resolve import free_memory
 from minidsv.sampler import Sampler
 from minidsv.scheduler import Chunk
+from minidsv.selections import read_selections, selection_recorder
 from minidsv.upload import upload, upload_rows
 
 CACHE_SHARE = 0.25  # of the free memory, the most that a page pool of default size takes
@@ -31,6 +33,7 @@ class StepResult:
     token_ids: list[int]  # one a sampling chunk, in their order
     logprobs: list[RowLogprobs | None]  # the same rows
     prompt_logprobs: list[list[RowLogprobs]]  # one list a chunk
+    indexer_topk: dict[Request, IndexerTopk] = field(default_factory=dict)  # of those who asked
 
 
 class ModelRunner:
@@ -88,11 +91,14 @@ class ModelRunner:
     def execute(self, chunks: Sequence[Chunk]) -> StepResult:
         """Compute the chunks, choose a token for each that samples, bring it to the host."""
         rows = LogitRows.of(chunks)
-        _, logits = self.model.forward(self.prepare(chunks, rows.tokens))
+        step = self.prepare(chunks, rows.tokens)
+        step.selections = selection_recorder(chunks, self.model_config, self.device)
+        _, logits = self.model.forward(step)
         requests = [chunk.request for chunk in chunks if chunk.samples]
         ids = self.sampler(logits[self._tensor(rows.sampling)], requests)
         logprobs, prompt_logprobs = rows.logprobs(chunks, logits, ids)
-        return StepResult(ids.tolist(), logprobs, prompt_logprobs)
+        selections = read_selections(chunks, step.selections, self.model_config)
+        return StepResult(ids.tolist(), logprobs, prompt_logprobs, selections)
 
     def prepare(self, chunks: Sequence[Chunk], logits_index: list[int]) -> StepBatch:
         """Build the step's metadata on the host, then copy it."""

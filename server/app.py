@@ -9,7 +9,7 @@ from fastapi import FastAPI
 
 from minidsv import __version__
 from minidsv.engine import Engine
-from minidsv.server import errors, generate, health, models, openai_routes, tokenize
+from minidsv.server import errors, generate, health, models, openai_routes, page, tokenize
 from minidsv.server.auth import BearerKeys
 from minidsv.server.gate import Gate
 from minidsv.server.logs import report_status
@@ -64,4 +64,5 @@ def create_app(load: Callable[[], Engine], options: ServerOptions | None = None)
     app.add_middleware(Gate, keys=keys, max_body_bytes=serving.options.max_body_bytes)
     for routes in ROUTERS:
         app.include_router(routes(serving))
+    app.include_router(page.routes())
     return app

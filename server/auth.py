@@ -8,8 +8,9 @@ from starlette.datastructures import Headers
 from minidsv.errors import ConfigError
 from minidsv.server.errors import ServerError
 from minidsv.server.options import ServerOptions
+from minidsv.server.page import PATHS as PAGE_PATHS
 
-OPEN_PATHS = frozenset({"/health", "/ready"})
+OPEN_PATHS = PAGE_PATHS | {"/health", "/ready"}  # a browser opens a page without a key
 
 
 class BearerKeys:

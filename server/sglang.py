@@ -13,7 +13,7 @@ from pydantic_core import to_json
 
 from minidsv.engine import Engine, StepOutput
 from minidsv.errors import RequestError
-from minidsv.request import Logprob, LogprobDict, Request, SamplingParams
+from minidsv.request import IndexerTopk, Logprob, LogprobDict, Request, SamplingParams
 from minidsv.server.protocol import (
     MAX_LOGPROBS,
     Biases,
@@ -108,6 +108,7 @@ class GenerateRequest(BaseModel):
     logprob_start_len: Annotated[Integer, Field(ge=-1)] | None = None  # -1: the output's only
     top_logprobs_num: Annotated[Integer, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     return_text_in_logprobs: Flag = None
+    return_indexer_topk: Flag = None  # ours, not SGLang's
     stream: Flag = None
     rid: Text | None = None
     extra_key: Annotated[Text, Field(min_length=1)] | None = None  # our cache_salt
@@ -125,7 +126,9 @@ class GenerateRequest(BaseModel):
     def to_params(self) -> SamplingParams:
         """Raises RequestError."""
         return SamplingParams(
-            **(self.sampling_params or GenerateSampling()).values(), **self._logprobs()
+            **(self.sampling_params or GenerateSampling()).values(),
+            **self._logprobs(),
+            return_indexer_topk=bool(self.return_indexer_topk),
         )
 
     def in_own_terms(self, error: RequestError) -> RequestError:
@@ -177,11 +180,9 @@ class Answer:
         self._body = body
         self._start = time.perf_counter()
         self._num_tokens = 0
+        self._selections: list[IndexerTopk] = []
         self._finished = False
-        self._text, self._output_ids = (
-            b"",
-            b"",
-        )  # the JSON of what is repeated, without its brackets
+        self._text, self._output_ids = b"", b""  # repeated: JSON without its brackets
 
     def add(self, output: StepOutput) -> None:
         """Take in what a step brought."""
@@ -189,6 +190,8 @@ class Answer:
         separator = b"," if self._num_tokens and output.token_ids else b""
         self._output_ids += separator + to_json(output.token_ids)[1:-1]
         self._num_tokens += len(output.token_ids)
+        if self._body.return_indexer_topk:
+            self._take_selections(len(output.token_ids))
         self._finished = output.finished
 
     def json(self) -> bytes:
@@ -212,7 +215,13 @@ class Answer:
             "cached_tokens": request.num_cached_tokens,
             "e2e_latency": round(time.perf_counter() - self._start, 6),
             **self._logprobs(),
+            **self._indexer_topk(),
         }
+
+    def _indexer_topk(self) -> dict[str, Any]:
+        if not self._body.return_indexer_topk:
+            return {}
+        return {"indexer_topk": [vars(item) for item in self._selections]}
 
     def _logprobs(self) -> dict[str, Any]:
         """SGLang's lists of [logprob, token id, text or null]; the first input token has none."""

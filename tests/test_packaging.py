@@ -71,6 +71,9 @@ def test_data_files_are_in_the_wheel(wheel: Path) -> None:
     assert {"config.json", "tokenizer.json", "tokenizer_config.json"} <= tiny
     assert {f"minidsv/configs/{name}" for name in configs} <= names
     assert {f"minidsv/configs/tiny/{name}" for name in tiny - {"__pycache__"}} <= names
+    static = {file.name for file in (ROOT / "server" / "static").iterdir()}
+    assert {"index.html", "page.js"} <= static
+    assert {f"minidsv/server/static/{name}" for name in static} <= names
     assert "minidsv/py.typed" in names
 
 

@@ -71,6 +71,31 @@ def test_stop(stream: bool, served: Served) -> None:
         assert word not in answer["text"] or matched == token
 
 
+def test_selections(served: Served, llm: LLM) -> None:
+    """A plain answer has all of them, an event those of its own tokens, other answers none."""
+    ids, sampling = list(range(300, 360)), GREEDY | {"max_new_tokens": 8}
+    params = SamplingParams(max_tokens=8, ignore_eos=True, return_indexer_topk=True)
+    selections = llm.generate([ids], params)[0].outputs[0].indexer_topk
+    want = [{"num_keys": s.num_keys, "layers": s.layers} for s in selections]
+    assert want[0] == {"num_keys": 60, "layers": "all"}
+    assert [len(layer) for layer in want[-1]["layers"]] == [64] * 5
+    body = {"input_ids": ids, "sampling_params": sampling}
+    plain = served.generate(**body, return_indexer_topk=True).json()
+    assert plain["meta_info"]["indexer_topk"] == want
+    streamed = events(served.generate(**body, return_indexer_topk=True, stream=True))
+    assert [part["meta_info"]["indexer_topk"] for part in streamed] == [[one] for one in want]
+    body["sampling_params"] = sampling | {"n": 2}
+    for stream in (False, True):
+        response = served.generate(**body, return_indexer_topk=True, stream=stream)
+        both = events(response) if stream else response.json()
+        for index in (0, 1):
+            infos = [part["meta_info"] for part in both if part["index"] == index]
+            assert [item for info in infos for item in info["indexer_topk"]] == want
+    body["sampling_params"] = sampling
+    silent = served.generate(**body, return_indexer_topk=False).json()
+    assert "indexer_topk" not in silent["meta_info"]
+
+
 def test_concurrent_requests_answer_as_alone(served: Served, llm: LLM) -> None:
     def ask(i: int) -> str:
         params = {"max_new_tokens": 12, "temperature": 0.5 * (i % 2), "sampling_seed": i}
@@ -95,6 +120,7 @@ FIELDS = {
     "session_params": ['{"id": "a"}'],
     "lora_path": ['"a"'], "custom_logit_processor": ['"a"'], "priority": ["3"],
     "background": ["true"], "return_routed_experts": ["true"], "lora_id": ["[" * 900 + "]" * 900],
+    "return_indexer_topk": ["1", '"yes"'],
 }  # fmt: skip
 SAMPLING = {
     "stop": ['""', '["a", ""]', '"\\ud800"', "5", "[5]", json.dumps(["a"] * 17)],
