@@ -51,7 +51,7 @@ def _asks(chunk: Chunk) -> bool:
     return chunk.samples and chunk.request.params.return_indexer_topk
 
 
-def _positions(slots: Tensor, page_ids: list[int]) -> Tensor:
+def _positions(slots: Tensor, page_ids: Sequence[int]) -> Tensor:
     """Physical slots, of any shape -> positions in the request that holds `page_ids`."""
     pages, order = torch.tensor(page_ids).sort()
     return order[torch.searchsorted(pages, slots // PAGE_SIZE)] * PAGE_SIZE + slots % PAGE_SIZE

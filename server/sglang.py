@@ -223,6 +223,12 @@ class Answer:
             return {}
         return {"indexer_topk": [vars(item) for item in self._selections]}
 
+    def _take_selections(self, count: int) -> None:
+        """Off the request: they are long, and an event of a stream has only the new ones."""
+        if self._body.stream:
+            self._selections.clear()
+        self._selections += [self.request.indexer_topk.pop(0) for _ in range(count)]
+
     def _logprobs(self) -> dict[str, Any]:
         """SGLang's lists of [logprob, token id, text or null]; the first input token has none."""
         body, request = self._body, self.request
