@@ -213,8 +213,8 @@ class Engine:
             token: Logprob(value, rank, self.tokenizer.token_text(token))
             for rank, (token, value) in enumerate(row.best, 1)
         }
-        token, value, rank = row.taken
-        entries.setdefault(token, Logprob(value, rank, self.tokenizer.token_text(token)))
+        for token, value, rank in row.named:
+            entries.setdefault(token, Logprob(value, rank, self.tokenizer.token_text(token)))
         return entries
 
 

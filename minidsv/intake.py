@@ -70,9 +70,10 @@ class Intake:
                     name,
                     f"{getattr(params, name)} is more than the vocabulary of {self._vocab_size}",
                 )
-        for token in params.logit_bias or ():
-            if token >= self._vocab_size:
-                raise RequestError("logit_bias", self._no_token(token))
+        for name in ("logit_bias", "logprob_token_ids"):
+            for token in getattr(params, name) or ():
+                if token >= self._vocab_size:
+                    raise RequestError(name, self._no_token(token))
 
     def _no_token(self, token: object) -> str:
         return f"{token!r} is not a token id from 0 to {self._vocab_size - 1}"

@@ -15,10 +15,10 @@ BLOCK_ROWS = 64  # rows whose log-probabilities are in memory at once
 
 @dataclass
 class RowLogprobs:
-    """Log-probabilities at one position: the best tokens in order, and the one that was taken."""
+    """Log-probabilities at one position: the best tokens in order, and others by name."""
 
     best: list[tuple[int, float]]
-    taken: tuple[int, float, int]  # token id, logprob, rank
+    named: list[tuple[int, float, int]]  # token id, logprob, rank; the one that was taken is first
 
 
 @dataclass
@@ -50,9 +50,11 @@ class LogitRows:
 
         Returns one entry a sampling chunk, and one list a chunk for its prompt positions.
         """
-        counts = [c.request.params.logprobs for c in chunks if c.samples]
+        params = [chunk.request.params for chunk in chunks if chunk.samples]
+        counts = [one.logprobs for one in params]
         reported = [i for i, count in enumerate(counts) if count is not None]
         wanted = [(self.sampling[i], counts[i] or 0) for i in reported]
+        also = [tuple(params[i].logprob_token_ids or ()) for i in reported]
         prompt_tokens: list[int] = []
         for chunk, pairs in zip(chunks, self.prompt, strict=True):
             wanted += [(row, chunk.request.params.prompt_logprobs or 0) for row, _ in pairs]
@@ -65,7 +67,8 @@ class LogitRows:
                 upload(prompt_tokens, torch.int64, logits.device),
             )
         )
-        found = iter(_row_logprobs(logits, wanted, taken))
+        also += [()] * len(prompt_tokens)
+        found = iter(_row_logprobs(logits, wanted, taken, also))
         outputs = [None if count is None else next(found) for count in counts]
         return outputs, [list(islice(found, len(pairs))) for pairs in self.prompt]
 
@@ -80,29 +83,38 @@ def _predicted_prompt_positions(chunk: Chunk) -> range:
 
 
 def _row_logprobs(
-    logits: Tensor, wanted: Sequence[tuple[int, int]], taken: Tensor
+    logits: Tensor,
+    wanted: Sequence[tuple[int, int]],
+    taken: Tensor,
+    also: Sequence[tuple[int, ...]],
 ) -> list[RowLogprobs]:
-    """Of each (row, count): the count best tokens (-1: all) and `taken`, from the same values."""
+    """Of each (row, count): the count best tokens (-1: all), `taken` and `also`, from the same
+    values."""
     vocab = logits.shape[1]
     result = []
     for begin in range(0, len(wanted), BLOCK_ROWS):
-        block = wanted[begin : begin + BLOCK_ROWS]
+        block, more = wanted[begin : begin + BLOCK_ROWS], also[begin : begin + BLOCK_ROWS]
         counts = [min(count, vocab) if count >= 0 else vocab for _, count in block]
-        ids = taken[begin : begin + BLOCK_ROWS].unsqueeze(1)
+        ids = _named_ids(taken[begin : begin + BLOCK_ROWS], more)
         values = logits[upload([row for row, _ in block], torch.int64, logits.device)]
         values = values.log_softmax(-1)
         own = values.gather(1, ids)
-        ranks = 1 + (values > own).sum(-1)
+        ranks = torch.stack([1 + (values > column[:, None]).sum(-1) for column in own.unbind(1)], 1)
         best, best_ids = values.topk(max(counts))
-        for count, *row in zip(
-            counts,
-            best_ids.tolist(),
-            best.tolist(),
-            ids.flatten().tolist(),
-            own.flatten().tolist(),
-            ranks.tolist(),
-            strict=True,
-        ):
+        rows = zip(*(x.tolist() for x in (best_ids, best, ids, own, ranks)), strict=True)
+        for count, extra, row in zip(counts, more, rows, strict=True):
             pairs = list(zip(row[0][:count], row[1][:count], strict=True))
-            result.append(RowLogprobs(pairs, (row[2], row[3], row[4])))
+            named = list(zip(*row[2:], strict=True))[: 1 + len(extra)]
+            result.append(RowLogprobs(pairs, named))
     return result
+
+
+def _named_ids(taken: Tensor, also: Sequence[tuple[int, ...]]) -> Tensor:
+    """taken [S] and the ids of each row -> [S, 1 + most ids], padded with 0."""
+    width = max(map(len, also))
+    if width == 0:
+        return taken.unsqueeze(1)
+    flat = [token for ids in also for token in (*ids, *[0] * (width - len(ids)))]
+    return torch.cat(
+        (taken.unsqueeze(1), upload(flat, torch.int64, taken.device).view(-1, width)), 1
+    )

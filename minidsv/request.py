@@ -12,6 +12,7 @@ from minidsv.errors import RequestError
 
 MAX_OUTPUTS = 128
 MAX_STOP_STRINGS = 16
+MAX_LOGPROB_TOKEN_IDS = 128
 MAX_INT = 2**63 - 1
 MAX_NUMBER = 1e6
 MAX_PENALTY = 2.0
@@ -45,6 +46,7 @@ class SamplingParams:
     logprobs        report this many best tokens at each output position, plus the sampled one
                     (-1: the whole vocabulary; None: nothing), from the model's unedited logits
     prompt_logprobs the same for each prompt position but the first
+    logprob_token_ids  with logprobs: these tokens' too at each output position (at most 128)
     return_indexer_topk  report which positions the indexer selected for each output token (see
                     IndexerTopk)
     """
@@ -66,6 +68,7 @@ class SamplingParams:
     min_tokens: int = 0
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    logprob_token_ids: Sequence[int] | None = None
     return_indexer_topk: bool = False
 
     def __post_init__(self) -> None:
@@ -93,6 +96,10 @@ class SamplingParams:
                 "min_tokens", f"{self.min_tokens} is more than max_tokens {self.max_tokens}"
             )
         self._check_stops()
+        self._check_token_ids("stop_token_ids")
+        self._check_token_ids("logprob_token_ids", MAX_LOGPROB_TOKEN_IDS)
+        if self.logprob_token_ids and self.logprobs is None:
+            raise RequestError("logprob_token_ids", "is given without logprobs")
 
     def _check_bias(self) -> None:
         if self.logit_bias is None:
@@ -114,13 +121,19 @@ class SamplingParams:
         for text in self.stop_strings:
             if not isinstance(text, str) or not text:
                 raise RequestError("stop", f"{reprlib.repr(text)} is not a non-empty string")
-        if not isinstance(self.stop_token_ids, list | tuple | None):
-            raise RequestError("stop_token_ids", f"{self.stop_token_ids!r} is not a list")
-        for token in self.stop_token_ids or ():
-            _check_int("stop_token_ids", token, 0)
-        for name in ("stop", "stop_token_ids"):  # frozen: the caller's list may change
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
+        if isinstance(self.stop, list):
+            object.__setattr__(self, "stop", tuple(self.stop))  # frozen: the caller's may change
+
+    def _check_token_ids(self, name: str, most: int | None = None) -> None:
+        tokens: Any = getattr(self, name)
+        if not isinstance(tokens, list | tuple | None):
+            raise RequestError(name, f"{reprlib.repr(tokens)} is not a list")
+        if tokens is not None and most is not None and len(tokens) > most:
+            raise RequestError(name, f"{len(tokens)} token ids; accepted: at most {most}")
+        for token in tokens or ():
+            _check_int(name, token, 0)
+        if isinstance(tokens, list):
+            object.__setattr__(self, name, tuple(tokens))
 
     @property
     def penalizes(self) -> bool:

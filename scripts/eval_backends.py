@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Protocol
 
 from minidsv import LLM, SamplingParams
+from minidsv.cli import limit_threads
 from minidsv.engine_config import EngineConfig
 from minidsv.errors import RequestError
 from minidsv.request import Request
@@ -21,6 +22,7 @@ class Ask:
     temperature: float = 0.0
     seed: int | None = None
     top_logprobs: int | None = None
+    choices: tuple[str, ...] = ()  # that may come next: their log-probabilities too, if it can be
     ignore_eos: bool = False
 
 
@@ -62,6 +64,7 @@ class EngineBackend:
 
     def __init__(self, config: EngineConfig):
         self.llm = LLM(**{option.name: getattr(config, option.name) for option in fields(config)})
+        limit_threads(self.llm.engine)
 
     def describe(self) -> dict[str, Any]:
         return {"engine": asdict(self.llm.engine.config)}
@@ -84,16 +87,18 @@ class EngineBackend:
                 engine.abort(request)
 
     def _request(self, ask: Ask) -> Request:
+        tokenizer = self.llm.engine.tokenizer
+        choices = [tokenizer.encode(c, add_special_tokens=False) for c in ask.choices]
         params = SamplingParams(
             max_tokens=ask.max_tokens,
             temperature=ask.temperature,
             seed=ask.seed,
             logprobs=ask.top_logprobs,
+            logprob_token_ids=[ids[0] for ids in choices if len(ids) == 1],
             ignore_eos=ask.ignore_eos,
         )
-        engine = self.llm.engine
         try:
-            return engine.make_request(engine.tokenizer.encode(ask.prompt), params, ask.prompt)
+            return self.llm.engine.make_request(tokenizer.encode(ask.prompt), params, ask.prompt)
         except RequestError as error:
             raise BackendError(f"{error} (prompt {ask.prompt[:60]!r}...)") from None
 

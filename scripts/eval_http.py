@@ -13,7 +13,6 @@ import httpx
 from eval_backends import Ask, BackendError, OnReply, Reply, tail_logprob
 
 RETRIED = {408, 409, 429}  # and everything from 500: a later try may succeed
-MOST_LOGPROBS = 5  # that OpenAI's /v1/completions gives at a position; other servers may cap it too
 LONGEST_WAIT = 30.0  # seconds between two tries
 
 
@@ -83,8 +82,7 @@ class HTTPBackend:
         if ask.top_logprobs is None:
             choice = self._post("completions", body)
             return Reply(choice["text"], choice.get("finish_reason"))
-        count = min(ask.top_logprobs, MOST_LOGPROBS)
-        choice = self._post("completions", {**body, "logprobs": count})
+        choice = self._post("completions", {**body, "logprobs": ask.top_logprobs})
         logprobs = _logprobs(choice)
         return Reply(
             choice["text"],

@@ -65,13 +65,14 @@ class TransformersBackend:
             "length",
             tuple(self.tokenizer.decode([token]) for token in new),
             tuple(float(row[token]) for row, token in zip(rows, new, strict=True)),
-            tuple(self._best(row, ask.top_logprobs or 1) for row in rows),
+            tuple(self._best(row, ask) for row in rows),
         )
 
-    def _best(self, row: Tensor, count: int) -> dict[str, float]:
-        values, tokens = row.topk(min(count, row.shape[0]))
-        texts = [self.tokenizer.decode([token]) for token in tokens.tolist()]
-        return dict(zip(texts, values.tolist(), strict=True))
+    def _best(self, row: Tensor, ask: Ask) -> dict[str, float]:
+        choices = self.tokenizer(list(ask.choices), add_special_tokens=False).input_ids
+        tokens = row.topk(min(ask.top_logprobs or 1, row.shape[0])).indices.tolist()
+        tokens += [ids[0] for ids in choices if len(ids) == 1]
+        return {self.tokenizer.decode([token]): float(row[token]) for token in tokens}
 
     def score(self, prompt: str, choice: str) -> float:
         tokens = self.tokenizer(prompt + choice).input_ids

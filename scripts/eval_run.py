@@ -24,7 +24,7 @@ class Settings:
     temperature: float = 0.0
     seed: int = 0
     ignore_eos: bool = False  # always generate max_tokens
-    top_logprobs: int = 20  # asked for with loglikelihood; choices outside are scored by themselves
+    top_logprobs: int = 5  # with loglikelihood; choices that are not shown are scored one by one
     max_errors: int = 0  # items that may fail before the run is given up
 
 
@@ -83,6 +83,7 @@ def _ask(item: Item, settings: Settings) -> Ask:
         settings.temperature,
         seed=int.from_bytes(digest[:4]) if settings.temperature > 0 else None,
         top_logprobs=settings.top_logprobs if likelihood else None,
+        choices=CHOICES if likelihood else (),
         ignore_eos=settings.ignore_eos,
     )
 

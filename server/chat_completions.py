@@ -19,6 +19,7 @@ from minidsv.server.protocol import MAX_LOGPROBS, Flag, Integer, finite
 from minidsv.tokenizer import Tokenizer
 
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "logprob_token_ids": (),
     "tools": (),
     "tool_choice": ("none", "auto"),
     "parallel_tool_calls": (True, False),

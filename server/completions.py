@@ -60,6 +60,7 @@ class CompletionRequest(OpenAIRequest):
     echo: Flag = None
     add_special_tokens: Flag = None  # true unless it says false
     logprobs: Annotated[Integer, Field(ge=0, le=5)] | None = None
+    logprob_token_ids: list[Integer] | None = None  # shown with the best, at output positions
 
     def to_params(self) -> SamplingParams:
         """Our parameters, which have OpenAI's default of 16 tokens too; raises RequestError."""
@@ -225,8 +226,9 @@ class Choice:
     def _best(self, token: int, entries: LogprobDict, count: int) -> dict[str, float]:
         """The `count` best and `token`; of tokens with the same text the better one is shown."""
         best: dict[str, float] = {}
+        asked = self.body.logprob_token_ids or ()
         for other, entry in entries.items():
-            if entry.rank <= count or other == token:
+            if entry.rank <= count or other == token or other in asked:
                 best.setdefault(self._name(other, entries), finite(entry.logprob))
         return best
 

@@ -36,7 +36,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "truncation_side": (),
     "allowed_token_ids": (),
     "bad_words": (),
-    "logprob_token_ids": (),
     "logits_processors": (),
     "prompt_embeds": (),
     "response_format": ({"type": "text"},),

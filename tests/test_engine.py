@@ -280,3 +280,31 @@ def test_stats() -> None:
     assert stats.preemptions > 0
     assert stats.prefill_tokens > 160
     assert 79 <= stats.decode_tokens <= 2 * 79
+
+
+def test_logprob_token_ids(llm: LLM) -> None:
+    """Named tokens are reported beside the best, with their true ranks, and nothing else moves."""
+    asked = [7, 900, 7, 0]
+    every = llm.generate([5] * 9, SamplingParams(max_tokens=3, logprobs=-1))[0].outputs[0]
+    some = SamplingParams(max_tokens=3, logprobs=1, logprob_token_ids=asked)
+    plain = SamplingParams(max_tokens=3, logprobs=1)
+    named, alone = (o.outputs[0] for o in llm.generate([[5] * 9] * 2, [some, plain]))
+    assert named.token_ids == alone.token_ids == every.token_ids
+    for row, best, whole in zip(*(o.logprobs or [] for o in (named, alone, every)), strict=True):
+        assert row.keys() == best.keys() | set(asked)
+        assert [row[t].rank for t in row] == [whole[t].rank for t in row]
+        assert [row[t].logprob for t in row] == pytest.approx([whole[t].logprob for t in row])
+
+
+@pytest.mark.parametrize(
+    ("logprobs", "tokens", "words"),
+    [(None, [1], "without logprobs"), (0, "7", "list"), (0, [-1], "-1"), (0, [1] * 129, "129")],
+)
+def test_wrong_logprob_token_ids(logprobs: int | None, tokens: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=f"logprob_token_ids.*{words}"):
+        SamplingParams(logprobs=logprobs, logprob_token_ids=tokens)
+
+
+def test_a_logprob_token_id_outside_the_vocabulary(llm: LLM) -> None:
+    with pytest.raises(ValueError, match="logprob_token_ids.*99999"):
+        llm.generate([5], SamplingParams(logprobs=0, logprob_token_ids=[99999]))
