@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import Field, PlainValidator, ValidationError, WithJsonSchema
+from pydantic import Field, PlainValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from minidsv.engine import Engine, StepOutput
 from minidsv.errors import RequestError
 from minidsv.request import LogprobDict, Request, SamplingParams
 from minidsv.server.openai_request import OpenAIRequest, prompt_logprobs, stop_text, usage
-from minidsv.server.protocol import Flag, Integer, check_unicode, finite, validation_reason
+from minidsv.server.protocol import Flag, Integer, check_unicode, finite
 from minidsv.tokenizer import Tokenizer
 
 MAX_CHOICES = 1024  # of one body
@@ -60,15 +60,6 @@ class CompletionRequest(OpenAIRequest):
     echo: Flag = None
     add_special_tokens: Flag = None  # true unless it says false
     logprobs: Annotated[Integer, Field(ge=0, le=5)] | None = None
-
-    @classmethod
-    def parse(cls, body: Any) -> "CompletionRequest":
-        """Of a decoded JSON body; raises RequestError."""
-        try:
-            return cls.model_validate(body)
-        except ValidationError as error:
-            field, reason = validation_reason(error.errors()[0])
-            raise RequestError(field or "body", reason) from None
 
     def to_params(self) -> SamplingParams:
         """Our parameters, which have OpenAI's default of 16 tokens too; raises RequestError."""

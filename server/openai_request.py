@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from minidsv.errors import RequestError
 from minidsv.request import MAX_INT, Request, SamplingParams
@@ -19,6 +19,7 @@ from minidsv.server.protocol import (
     finite,
     given,
     refuse_unsupported,
+    validation_reason,
 )
 from minidsv.tokenizer import Tokenizer
 
@@ -106,6 +107,15 @@ class OpenAIRequest(BaseModel):
     request_id: Annotated[Text, Field(min_length=1, max_length=128)] | None = None
     cache_salt: Annotated[Text, Field(min_length=1, max_length=1024)] | None = None
     user: Text | None = None  # the caller's own mark
+
+    @classmethod
+    def parse(cls, body: Any) -> Self:
+        """Of a decoded JSON body, without a web framework; raises RequestError."""
+        try:
+            return cls.model_validate(body)
+        except ValidationError as error:
+            field, reason = validation_reason(error.errors()[0])
+            raise RequestError(field or "body", reason) from None
 
     def check(self, unsupported: dict[str, tuple[Any, ...]]) -> None:
         """Raise RequestError for what this server lacks and for options without their option."""
