@@ -42,11 +42,16 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "media_io_kwargs": (),
     "mm_processor_kwargs": (),
 }
+_TEXT_PART = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "required": ["type", "text"],
+}
 _MESSAGE = {
     "type": "object",
     "properties": {
         "role": {"enum": ["system", "developer", "user", "assistant"]},
-        "content": {"type": "string"},
+        "content": {"anyOf": [{"type": "string"}, {"type": "array", "items": _TEXT_PART}]},
     },
     "required": ["role", "content"],
 }

@@ -109,7 +109,7 @@ class OpenAIRequest(BaseModel):
 
     @classmethod
     def parse(cls, body: Any) -> Self:
-        """Of a decoded JSON body; raises RequestError."""
+        """Of a decoded JSON body, without a web framework; raises RequestError."""
         try:
             return cls.model_validate(body)
         except ValidationError as error:

@@ -1,9 +1,9 @@
 """POST /v1/completions and /v1/chat/completions, plain or streamed."""
 
 import asyncio
+from functools import partial
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
 
 from minidsv.server import chat_completions as chat
 from minidsv.server.chat_completions import ChatRequest
@@ -12,7 +12,7 @@ from minidsv.server.exchange import exchange_of
 from minidsv.server.models import check_model
 from minidsv.server.responses import EventStream
 from minidsv.server.serving import Serving
-from minidsv.server.streams import STREAM_OR_JSON, Head, chunk_events
+from minidsv.server.streams import STREAM_OR_JSON, Head, chunk_events, whole_answer
 
 
 def routes(serving: Serving) -> APIRouter:
@@ -29,9 +29,8 @@ def routes(serving: Serving) -> APIRouter:
             choices = choices_of(body, requests, engine.tokenizer)
             chunk = head.fields("text_completion")
             return EventStream(chunk_events(chunk, body, choices, outputs))
-        async for _ in outputs:
-            pass
-        return JSONResponse(completion_body(body, requests, engine.tokenizer, **vars(head)))
+        finished = partial(completion_body, body, requests, engine.tokenizer, **vars(head))
+        return await whole_answer(outputs, finished)
 
     @router.post("/v1/chat/completions")
     async def chat_completions(body: ChatRequest, http: Request) -> Response:
@@ -44,8 +43,7 @@ def routes(serving: Serving) -> APIRouter:
             choices = chat.choices_of(body, prompt, requests, engine.tokenizer)
             chunk = head.fields("chat.completion.chunk")
             return EventStream(chunk_events(chunk, body, choices, outputs))
-        async for _ in outputs:
-            pass
-        return JSONResponse(chat.chat_body(body, prompt, requests, engine.tokenizer, **vars(head)))
+        finished = partial(chat.chat_body, body, prompt, requests, engine.tokenizer, **vars(head))
+        return await whole_answer(outputs, finished)
 
     return router

@@ -80,7 +80,11 @@ async def _serve(server: uvicorn.Server, serving: Serving, listener: socket.sock
 def _listen(options: ServerOptions) -> socket.socket:
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
     try:
-        return socket.create_server((options.host, options.port), family=family)
+        listener = socket.create_server((options.host, options.port), family=family)
     except OSError as error:
         where = f"{options.host}:{options.port}"
         raise ConfigError(f"port: cannot listen on {where}: {error}") from None
+    # Accepted sockets inherit it. asyncio sets it for those alone that name their protocol, and
+    # without it an event waits for the client's delayed ACK of the one before, 40 ms.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener

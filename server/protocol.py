@@ -18,6 +18,7 @@ from pydantic import (
     StrictBool,
     StrictInt,
     StrictStr,
+    WithJsonSchema,
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 
@@ -47,7 +48,11 @@ def _by_token_id(biases: dict[str, float]) -> dict[int, float]:
 Text = Annotated[StrictStr, AfterValidator(check_unicode)]
 Integer = Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
-Texts = Annotated[list[Text], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
+Texts = Annotated[
+    list[Text],
+    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
+]
 Flag = StrictBool | None
 Biases = Annotated[dict[str, Number], AfterValidator(_by_token_id)]
 

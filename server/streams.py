@@ -1,10 +1,12 @@
-"""What both OpenAI routes do alike: the head of an answer, and its stream of chunks."""
+"""What both OpenAI routes do alike: an answer as a whole, or as a stream of chunks."""
 
+import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from fastapi import Response
 from pydantic_core import to_json
 
 from minidsv.engine import StepOutput
@@ -51,6 +53,17 @@ class Head:
             "created": self.created,
             "model": self.model,
         }
+
+
+async def whole_answer(
+    outputs: AsyncIterator[list[StepOutput]], build: Callable[[], dict[str, Any]]
+) -> Response:
+    """What `build` makes when every request has finished; in a thread, since the scores of a long
+    echoed prompt would hold up everybody's streams."""
+    async for _ in outputs:
+        pass
+    content = await asyncio.to_thread(lambda: to_json(build()))
+    return Response(content, media_type="application/json")
 
 
 async def after_scores(

@@ -61,6 +61,7 @@ def serving(
     config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=grace)
     server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # as process.py does
         url = "http://127.0.0.1:%d" % listener.getsockname()[1]  # noqa: UP031
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()

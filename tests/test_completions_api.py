@@ -150,6 +150,14 @@ def test_scoring_counts_the_token_behind_the_prompt(
         assert values == logprobs[name][:-1]
 
 
+def test_a_prompt_alone_streams_as_one_event(served: Served) -> None:
+    body = {"prompt": [IRON, ITALY], "max_tokens": 0, "echo": True, "logprobs": 1}
+    whole = complete(served, **body)["choices"]
+    chunks = stream(served, **body, stream_options={"include_usage": True})
+    assert [chunk["choices"] for chunk in chunks] == [[choice] for choice in whole] + [[]]
+    assert chunks[-1]["usage"]["completion_tokens"] == 0
+
+
 def test_cached_tokens(served: Served) -> None:
     def cached(**body: Any) -> int:
         answer = complete(served, prompt=[[9] * 200], max_tokens=1, **body)

@@ -226,3 +226,21 @@ def test_too_many_choices(llm: LLM) -> None:
 def test_a_bad_prompt_of_many_is_named(llm: LLM) -> None:
     with pytest.raises(RequestError, match=r"prompt: item 1: .*5000"):
         make_requests(llm.engine, CompletionRequest.parse({"prompt": [[5], [5] * 5000]}))
+
+
+def test_named_tokens_are_shown_beside_the_best(llm: LLM) -> None:
+    """`logprob_token_ids`, at output positions only."""
+    body = {
+        "prompt": IDS,
+        "max_tokens": 2,
+        "echo": True,
+        "logprobs": 0,
+        "return_tokens_as_token_ids": True,
+    }
+    plain = answer(llm, body)["choices"][0]["logprobs"]["top_logprobs"]
+    named = answer(llm, body | {"logprob_token_ids": [7, 9]})["choices"][0]["logprobs"][
+        "top_logprobs"
+    ]
+    assert named[: len(IDS)] == plain[: len(IDS)]
+    for one, other in zip(named[len(IDS) :], plain[len(IDS) :], strict=True):
+        assert one.keys() == other.keys() | {"token_id:7", "token_id:9"}

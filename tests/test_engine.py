@@ -306,5 +306,5 @@ def test_wrong_logprob_token_ids(logprobs: int | None, tokens: Any, words: str) 
 
 
 def test_a_logprob_token_id_outside_the_vocabulary(llm: LLM) -> None:
-    with pytest.raises(ValueError, match="logprob_token_ids.*99999"):
+    with pytest.raises(ValueError, match=r"logprob_token_ids.*99999"):
         llm.generate([5], SamplingParams(logprobs=0, logprob_token_ids=[99999]))

@@ -3,6 +3,7 @@
 import json
 import re
 import signal
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -113,6 +114,16 @@ def test_it_starts_drains_and_exits_with_0() -> None:
     assert [call["status"] for call in calls].count(200) == 9
     assert all(call["generated_tokens"] == 60 for call in calls if call["status"] == 200)
     assert "hush" not in "".join(server.lines)
+
+
+def test_no_answer_waits_for_an_acknowledgement() -> None:
+    """40 ms a call, where the socket lacks TCP_NODELAY."""
+    with process() as server:
+        wait_until(server.is_ready, seconds=60)
+        calls = [server.client.post("/tokenize", json={"prompt": "a"}) for _ in range(40)]
+        server.popen.send_signal(signal.SIGTERM)
+        assert server.popen.wait(20) == 0
+    assert statistics.median(call.elapsed.total_seconds() for call in calls) < 0.03
 
 
 def test_what_outlasts_the_drain_is_told() -> None:
