@@ -230,17 +230,10 @@ def test_a_bad_prompt_of_many_is_named(llm: LLM) -> None:
 
 def test_named_tokens_are_shown_beside_the_best(llm: LLM) -> None:
     """`logprob_token_ids`, at output positions only."""
-    body = {
-        "prompt": IDS,
-        "max_tokens": 2,
-        "echo": True,
-        "logprobs": 0,
-        "return_tokens_as_token_ids": True,
-    }
-    plain = answer(llm, body)["choices"][0]["logprobs"]["top_logprobs"]
-    named = answer(llm, body | {"logprob_token_ids": [7, 9]})["choices"][0]["logprobs"][
-        "top_logprobs"
-    ]
+    body = {"prompt": IDS, "max_tokens": 2, "echo": True, "logprobs": 0, "temperature": 0}
+    body["return_tokens_as_token_ids"] = True
+    asked = [body, body | {"logprob_token_ids": [7, 9]}]
+    plain, named = (answer(llm, b)["choices"][0]["logprobs"]["top_logprobs"] for b in asked)
     assert named[: len(IDS)] == plain[: len(IDS)]
     for one, other in zip(named[len(IDS) :], plain[len(IDS) :], strict=True):
         assert one.keys() == other.keys() | {"token_id:7", "token_id:9"}
