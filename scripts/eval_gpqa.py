@@ -78,7 +78,6 @@ def accuracy(
     """Accuracy on GPQA, or on the bundled questions."""
     if context.invoked_subcommand is not None:
         return
-    bundled = csv is None and base_url is None and "model=" not in engine
     chosen: Protocol = protocol or ("loglikelihood" if csv is None else "generative")
     with _errors():
         if base_url is None:
@@ -95,7 +94,8 @@ def accuracy(
             settings = replace(settings, max_tokens=1)
         items = load_items(csv, settings.protocol, repeats, limit, seed)
         done, failed = ask(source, items, settings, records, csv)
-    more = {"conf": source.conf, "version": __version__, "failures": failed.last}
+    bundled = csv is None and source.resolved.get("model", "a server's") is None
+    more = {"conf": source.conf, "version": __version__, "last_error": failed.last}
     share = print_accuracy(list(done.values()), failed, settings.protocol, more)
     if failed.topics:
         raise typer.Exit(3)
@@ -125,8 +125,8 @@ def parity(
     """Run A and B over the same items; exit 1 if B is not as good, or not as near as it must be.
 
     CONF is key=value,... of LLM's arguments (device=cpu,kv_cache_dtype=bfloat16), the URL of a
-    server, `transformers` or transformers=FOLDER (Hugging Face's own model in float32), or the
-    record file of an earlier run. The same CONF twice must give the same bits.
+    server, or `transformers` or transformers=FOLDER (Hugging Face's own model in float32). The same
+    engine twice must give the same bits.
     """
     options = HTTPOptions(model, api_key, False, concurrency, retries, timeout)
     with _errors():
@@ -136,11 +136,11 @@ def parity(
         settings = Settings("loglikelihood", tokens, seed=seed, ignore_eos=tokens > 1)
         items = load_items(csv, settings.protocol, repeats, limit, seed)
         runs = [ask(source, items, settings, None, csv)[0] for source in sources]
+        pairs = [compare(runs[0][item.key], runs[1][item.key]) for item in items]
+        if out is not None:
+            out.write_text("".join(json.dumps(pair.as_line()) + "\n" for pair in pairs))
     chosen: Tier = tier or common_tier(*sources)
-    pairs = [compare(runs[0][item.key], runs[1][item.key]) for item in items]
     verdict = judge(pairs, LIMITS[chosen])
-    if out is not None:
-        out.write_text("".join(json.dumps(pair.as_line()) + "\n" for pair in pairs))
     print_parity(pairs, verdict, chosen, LIMITS[chosen], {"a": a, "b": b, "version": __version__})
     raise typer.Exit(not verdict.green)
 
@@ -158,7 +158,7 @@ def _errors() -> Iterator[None]:
     """Whatever goes wrong is one line and an exit status."""
     try:
         yield
-    except (MinidsvError, ItemError) as error:
+    except (MinidsvError, ItemError, OSError) as error:
         _fail(str(error), 2)
     except (BackendError, TooManyErrors) as error:
         _fail(str(error), 3)
@@ -184,6 +184,7 @@ def ask(
     questions = "bundled" if csv is None else sha256(csv.read_bytes()).hexdigest()
     header: dict[str, Any] = {"version": __version__, "questions": questions, **asdict(settings)}
     header["backend"] = backend.describe()
+    del header["max_errors"]  # changes no record
     with (
         closing(backend),
         progress(source.conf, len(items)) as advance,

@@ -96,10 +96,7 @@ def _scores(reply: Reply) -> tuple[float, ...] | None:
 
 def _record(item: Item, reply: Reply, scores: tuple[float, ...] | None) -> Record:
     begun = item.prompt.rpartition("\n")[2]  # "Answer:" where the prompt ends in it
-    margins = []
-    for top in reply.top_logprobs:
-        first, second = sorted(top.values(), reverse=True)[:2]
-        margins.append(first - second)
+    ranked = [sorted(top.values(), reverse=True) for top in reply.top_logprobs]
     return Record(
         item.id,
         item.repeat,
@@ -110,7 +107,7 @@ def _record(item: Item, reply: Reply, scores: tuple[float, ...] | None) -> Recor
         scores,
         reply.tokens,
         reply.token_logprobs,
-        tuple(margins),
+        tuple(best[0] - best[1] if len(best) > 1 else 0.0 for best in ranked),
         reply.text,
         reply.finish_reason,
     )

@@ -274,8 +274,9 @@ def test_requests_that_fail(status: int, tmp_path: Path) -> None:
         assert stopped.exit_code == 3
         assert f"{status}: " in stopped.stderr
         assert "rec2" in stopped.stderr
-        partial = invoke(*common, "--max-errors", "1")
-        assert partial.exit_code == 2  # another setting: not the same run
+        other = invoke(*common, "--max-tokens", "5")
+        assert other.exit_code == 2
+        assert "max_tokens is 4096 there and 5 here" in other.stderr
         counted = invoke(*common[:-4], "--max-errors", "1")
         assert counted.exit_code == 3
         assert last_json(counted)["errors"] == pytest.approx(1 / 6)
