@@ -81,6 +81,9 @@ def batch_generate(
         Journal(errors, sync_lines, sync_seconds) as failures,
         stop.listening(),
     ):
+        files = [file.identity for file in (lines, results, failures) if file.identity]
+        if len(set(files)) < len(files):
+            raise BatchError("--input, --output and --errors are one file under several names")
         if base_url is not None:
             server |= {"base_url": base_url, "api_key": api_key}
             backend, options, at_once = _http(engine, server)

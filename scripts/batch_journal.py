@@ -36,8 +36,9 @@ class Journal:
         except OSError as error:
             raise BatchError(f"{path}: {error.strerror}") from None
         status = os.fstat(self._fd)
-        self.identity = status.st_dev, status.st_ino
-        self.durable = path != "-" and stat.S_ISREG(status.st_mode)  # can be resumed
+        regular = stat.S_ISREG(status.st_mode)
+        self.identity = (status.st_dev, status.st_ino) if regular else None
+        self.durable = path != "-" and regular  # can be resumed
         if self.durable:
             self._lock()
             _sync_folder(Path(path))
@@ -87,8 +88,9 @@ class Journal:
             ) from None
 
     def clear(self) -> None:
-        """Drop what the file holds."""
+        """Drop the lines of an earlier run; raises BatchError if they are something else."""
         if self.durable:
+            next(self.recover(), None)
             os.ftruncate(self._fd, 0)
 
     def write(self, line: bytes) -> None:

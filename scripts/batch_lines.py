@@ -113,8 +113,9 @@ class Source:
         except OSError as error:
             raise BatchError(f"--input: {path}: {error.strerror}") from None
         status = fstat(self._file.fileno())
-        self.identity = status.st_dev, status.st_ino
-        self.size = status.st_size if stat.S_ISREG(status.st_mode) else None
+        regular = stat.S_ISREG(status.st_mode)
+        self.identity = (status.st_dev, status.st_ino) if regular else None
+        self.size = status.st_size if regular else None
         self._read_bytes, self._decoder = codec.read_bytes, Decoder(codec)
         self._splitter = Splitter(MAX_LINE_BYTES)
         self._lines: deque[bytes | DamagedError | None] = deque()

@@ -71,11 +71,13 @@ class EngineBackend:
 
     def complete(self, asks: Sequence[Ask], on_reply: OnReply) -> None:
         engine = self.llm.engine
-        numbers = {}
+        numbers: dict[Request, int] = {}
         try:
             for number, ask in enumerate(asks):
-                request = self._request(ask)
-                numbers[request] = number
+                try:
+                    numbers[self._request(ask)] = number
+                except BackendError as error:
+                    on_reply(number, error)
             for request in numbers:
                 engine.add(request)
             while engine.has_work:

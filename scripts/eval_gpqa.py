@@ -131,17 +131,19 @@ def parity(
     options = HTTPOptions(model, api_key, False, concurrency, retries, timeout)
     with _errors():
         sources = [read_conf(conf, options) for conf in (a, b)]
+        if out is not None:
+            out.touch()
         if all(source.precision for source in sources):
             _refuse(context, HTTP_ONLY, "without the URL of a server")
+        chosen: Tier = tier or common_tier(*sources)
         settings = Settings("loglikelihood", tokens, seed=seed, ignore_eos=tokens > 1)
         items = load_items(csv, settings.protocol, repeats, limit, seed)
         runs = [ask(source, items, settings, None, csv)[0] for source in sources]
         pairs = [compare(runs[0][item.key], runs[1][item.key]) for item in items]
-        if out is not None:
-            out.write_text("".join(json.dumps(pair.as_line()) + "\n" for pair in pairs))
-    chosen: Tier = tier or common_tier(*sources)
     verdict = judge(pairs, LIMITS[chosen])
     print_parity(pairs, verdict, chosen, LIMITS[chosen], {"a": a, "b": b, "version": __version__})
+    if out is not None:
+        out.write_text("".join(json.dumps(pair.as_line()) + "\n" for pair in pairs))
     raise typer.Exit(not verdict.green)
 
 

@@ -2,18 +2,58 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self, TypeVar
 
 import httpx
+from pydantic import BaseModel, Field, FiniteFloat, ValidationError, model_validator
 
 from eval_backends import Ask, BackendError, OnReply, Reply, tail_logprob
 
 RETRIED = {408, 409, 429}  # and everything from 500: a later try may succeed
 LONGEST_WAIT = 30.0  # seconds between two tries
+
+
+class _Logprobs(BaseModel):
+    tokens: list[str]
+    token_logprobs: list[FiniteFloat | None]
+    top_logprobs: list[dict[str, FiniteFloat] | None]
+
+    @model_validator(mode="after")
+    def _of_one_length(self) -> Self:
+        if not len(self.tokens) == len(self.token_logprobs) == len(self.top_logprobs):
+            raise ValueError("the lists differ in length")
+        return self
+
+
+class _Choice(BaseModel):
+    text: str
+    finish_reason: str | None = None
+    logprobs: _Logprobs | None = None
+
+
+class _Completion(BaseModel):
+    choices: list[_Choice] = Field(min_length=1)
+
+
+class _Message(BaseModel):
+    content: str | None
+
+
+class _ChatChoice(BaseModel):
+    message: _Message
+    finish_reason: str | None = None
+
+
+class _Chat(BaseModel):
+    choices: list[_ChatChoice] = Field(min_length=1)
+
+
+Answer = TypeVar("Answer", _Completion, _Chat)
 
 
 @dataclass(frozen=True)
@@ -45,23 +85,32 @@ class HTTPBackend:
 
     def complete(self, asks: Sequence[Ask], on_reply: OnReply) -> None:
         pool = ThreadPoolExecutor(self.options.concurrency)
+        futures = {pool.submit(self._ask, ask): number for number, ask in enumerate(asks)}
         try:
-            futures = {pool.submit(self._ask, ask): number for number, ask in enumerate(asks)}
             for future in as_completed(futures):
                 error = future.exception()
                 if error is not None and not isinstance(error, BackendError):
                     raise error
-                on_reply(futures[future], error or future.result())
-        finally:
+                on_reply(futures.pop(future), error or future.result())
+        except KeyboardInterrupt:
+            self.client.close()  # ends what is in flight
+            raise
+        except Exception:  # given up: keep what has been answered and what is in flight
             pool.shutdown(cancel_futures=True)
+            for future, number in futures.items():
+                if not future.cancelled() and future.exception() is None:
+                    on_reply(number, future.result())
+            raise
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def score(self, prompt: str, choice: str) -> float:
-        body = {"prompt": prompt + choice, "max_tokens": 1, "echo": True, "logprobs": 1}
-        logprobs = _logprobs(self._post("completions", {**body, "temperature": 0.0}))
-        entries = list(zip(logprobs["tokens"], logprobs["token_logprobs"], strict=True))
-        return tail_logprob(
-            entries[1:-1], choice
-        )  # the first has no logprob, the last is generated
+        body = {"prompt": prompt + choice, "max_tokens": 1, "temperature": 0.0}
+        answer = self._complete({**body, "echo": True, "logprobs": 1})
+        assert answer.logprobs is not None
+        known = zip(answer.logprobs.tokens, answer.logprobs.token_logprobs, strict=True)
+        entries = [(token, logprob) for token, logprob in known if logprob is not None]
+        return tail_logprob(entries[:-1], choice)  # the last one is generated
 
     def close(self) -> None:
         self.client.close()
@@ -75,31 +124,42 @@ class HTTPBackend:
         if self.options.chat:
             if ask.top_logprobs is not None:
                 raise BackendError("scores of choices need /v1/completions; leave out --chat")
-            body["messages"] = [{"role": "user", "content": ask.prompt}]
-            choice = self._post("chat/completions", body)
-            return Reply(choice["message"].get("content") or "", choice.get("finish_reason"))
+            messages = [{"role": "user", "content": ask.prompt}]
+            chosen = self._post("chat/completions", {**body, "messages": messages}, _Chat).choices[
+                0
+            ]
+            return Reply(chosen.message.content or "", chosen.finish_reason)
         body["prompt"] = ask.prompt
-        if ask.top_logprobs is None:
-            choice = self._post("completions", body)
-            return Reply(choice["text"], choice.get("finish_reason"))
-        choice = self._post("completions", {**body, "logprobs": ask.top_logprobs})
-        logprobs = _logprobs(choice)
+        if ask.top_logprobs is not None:
+            body["logprobs"] = ask.top_logprobs
+        choice = self._complete(body)
+        if choice.logprobs is None:
+            return Reply(choice.text, choice.finish_reason)
         return Reply(
-            choice["text"],
-            choice.get("finish_reason"),
-            tuple(logprobs["tokens"]),
-            tuple(logprobs["token_logprobs"]),
-            tuple(logprobs["top_logprobs"]),
+            choice.text,
+            choice.finish_reason,
+            tuple(choice.logprobs.tokens),
+            tuple(-math.inf if x is None else x for x in choice.logprobs.token_logprobs),
+            tuple(best or {} for best in choice.logprobs.top_logprobs),
         )
 
-    def _post(self, route: str, body: dict[str, Any]) -> dict[str, Any]:
-        """The first choice of the answer."""
+    def _complete(self, body: dict[str, Any]) -> _Choice:
+        choice = self._post("completions", body, _Completion).choices[0]
+        if "logprobs" in body and choice.logprobs is None:
+            raise BackendError(
+                "the server sends no logprobs; the loglikelihood protocol needs them"
+            )
+        return choice
+
+    def _post(self, route: str, body: dict[str, Any], kind: type[Answer]) -> Answer:
         url = f"{self.base_url}/{route}"
         answer = self._send("POST", url, {"model": self.model, **body})
         try:
-            return answer["choices"][0]
-        except (KeyError, IndexError, TypeError):
-            raise BackendError(f"{url}: the answer has no choices: {str(answer)[:200]}") from None
+            return kind.model_validate(answer)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise BackendError(f"{url}: a malformed answer: {where}: {first['msg']}") from None
 
     def _send(self, method: str, url: str, body: dict[str, Any] | None = None) -> Any:
         delay, last = 0.5, ""
@@ -110,7 +170,7 @@ class HTTPBackend:
                 delay = min(2 * delay, LONGEST_WAIT)
             try:
                 response = self.client.request(method, url, json=body)
-            except httpx.TransportError as error:
+            except httpx.HTTPError as error:
                 last = f"{type(error).__name__}: {error}"
                 continue
             if response.is_success:
@@ -142,10 +202,3 @@ def _retry_after(response: httpx.Response, delay: float) -> float:
         return min(max(float(response.headers["retry-after"]), 0.0), LONGEST_WAIT)
     except (KeyError, ValueError):
         return delay
-
-
-def _logprobs(choice: dict[str, Any]) -> dict[str, Any]:
-    logprobs = choice.get("logprobs")
-    if not logprobs or not logprobs.get("top_logprobs"):
-        raise BackendError("the server sends no logprobs; the loglikelihood protocol needs them")
-    return logprobs

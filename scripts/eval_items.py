@@ -94,6 +94,7 @@ def shuffled_orders(problem_id: str) -> list[Order]:
 
 def read_gpqa(path: Path, protocol: Protocol) -> list[Problem]:
     """Problems of a gpqa_*.csv; raises ItemError. The topic is the Subdomain column, if any."""
+    csv.field_size_limit(2**24)  # characters; the default is 2**17
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = csv.DictReader(file, strict=True)
@@ -119,6 +120,8 @@ def _gpqa_problem(row: dict[str, str], where: str, protocol: Protocol) -> Proble
         if not cell:
             raise ItemError(f"{where}: column {name!r} is empty")
     question, *answers = cells
+    if len(set(answers)) < len(answers):
+        raise ItemError(f"{where}: two of its four answers are equal")
     number = (row.get("Record ID") or "").strip() or sha256(question.encode()).hexdigest()[:16]
     topic = (row.get("Subdomain") or "").strip() or "all"
     generative = protocol == "generative"

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from eval_records import Record
 from eval_scoring import kl_divergence, margin, mcnemar, shift
 
-Tier = Literal["same", "fp32", "bf16", "fp8"]
+Tier = Literal["same", "fp32", "bf16", "fp8_index", "fp8", "fp8_flat"]
 ALPHA = 0.01
 
 
@@ -39,8 +39,10 @@ class Limits:
 LIMITS: dict[Tier, Limits] = {
     "same": Limits(0.0, 0.0, 0.0, 0.0),
     "fp32": Limits(0.01, 1e-8, 2e-4, 1e-4),
-    "bf16": Limits(0.5, 1e-5, 0.05, 3e-3),
-    "fp8": Limits(1.0, 2e-4, 0.2, 1e-2),
+    "bf16": Limits(0.5, 1e-6, 0.05, 3e-3),
+    "fp8_index": Limits(0.5, 3e-8, 0.015, 1.5e-3),
+    "fp8": Limits(0.5, 2e-6, 0.08, 3e-3),
+    "fp8_flat": Limits(1.0, 1e-4, 0.15, 1e-2),
 }
 
 
@@ -135,7 +137,7 @@ def judge(pairs: Sequence[Pair], limits: Limits) -> Verdict:
     n = len(pairs)
     lost = sum(p.a.correct and not p.b.correct for p in pairs)
     won = sum(p.b.correct and not p.a.correct for p in pairs)
-    figures = {
+    figures: dict[str, float] = {
         "p_value": mcnemar(lost, won),
         "sure_flips": sum(p.flipped and p.margin_a > limits.sure for p in pairs),
         "sure_divergences": sum(

@@ -55,6 +55,8 @@ class RecordFile:
         if path.exists():
             self.records, whole = _read(path, header)
             os.truncate(path, whole)
+            for _ in self.records:
+                on_add()
         self._file = path.open("a", encoding="utf-8")
         if self._file.tell() == 0:
             self._write({"header": header})

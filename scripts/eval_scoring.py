@@ -47,7 +47,8 @@ def shift(a: Sequence[float], b: Sequence[float]) -> float:
 def kl_divergence(a: Sequence[float], b: Sequence[float]) -> float:
     """KL(a || b) of the distributions over the choices, in nats."""
     log_a, log_b = log_softmax(a), log_softmax(b)
-    return max(0.0, math.fsum(math.exp(x) * (x - y) for x, y in zip(log_a, log_b, strict=True)))
+    total = math.fsum(math.exp(x) * (x - y) for x, y in zip(log_a, log_b, strict=True))
+    return 0.0 if total < 0 else total  # rounding; NaN stays NaN
 
 
 def log_softmax(scores: Sequence[float]) -> list[float]:
@@ -63,7 +64,7 @@ def wilson(successes: float, n: int) -> tuple[float, float]:
     share, z2 = successes / n, Z95**2
     middle = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = Z95 * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return 0.0 if share == 0 else middle - half, 1.0 if share == 1 else middle + half
 
 
 def mcnemar(lost: int, won: int) -> float:

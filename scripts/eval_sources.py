@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from eval_backends import Backend, EngineBackend
 from eval_http import HTTPBackend, HTTPOptions
@@ -19,8 +19,8 @@ from minidsv.engine_config import EngineConfig, bundled_model, model_path
 from minidsv.errors import ConfigError
 from minidsv.resolve import resolve
 
-Precision = Literal["fp32", "bf16", "fp8"]
-PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "fp8")  # from the finest
+PRECISIONS: tuple[Tier, ...] = ("fp32", "fp8_index", "bf16", "fp8", "fp8_flat")  # from the finest
+TIERS = "|".join(PRECISIONS)
 TRUTH = {"true": True, "false": False}
 
 
@@ -29,7 +29,7 @@ class Source:
     """A checked CONF: how it computes (a server's precision is unknown), and how to open it."""
 
     conf: str
-    precision: Precision | None
+    precision: Tier | None
     resolved: dict[str, Any]
     open: Callable[[], Backend]
 
@@ -60,13 +60,21 @@ def _reference(conf: str) -> Source:
 def _engine(conf: str) -> Source:
     config = engine_config(conf)
     resolved = resolve(config, ModelConfig.from_path(model_path(config)))
-    caches = (resolved.kv_cache_dtype, resolved.index_cache_dtype)
-    precision: Precision = "bf16"
-    if any(dtype.startswith("fp8") for dtype in caches) or resolved.quantization == "fp8":
-        precision = "fp8"
-    elif {resolved.dtype, *caches} == {"float32"}:
-        precision = "fp32"
-    return Source(conf, precision, asdict(resolved), lambda: EngineBackend(config))
+    return Source(conf, _precision(resolved), asdict(resolved), lambda: EngineBackend(config))
+
+
+def _precision(config: EngineConfig) -> Tier:
+    """The coarsest of what a resolved configuration computes and stores in."""
+    of_dtype: dict[str, Tier] = {"float32": "fp32", "bfloat16": "bf16"}
+    found = [
+        of_dtype[config.dtype],
+        of_dtype.get(config.index_cache_dtype, "fp8_index"),
+        of_dtype.get(
+            config.kv_cache_dtype, "fp8_flat" if "flat" in config.kv_cache_dtype else "fp8"
+        ),
+        "fp8_flat" if config.quantization == "fp8" else "fp32",
+    ]
+    return max(found, key=PRECISIONS.index)
 
 
 def engine_config(conf: str) -> EngineConfig:
@@ -101,8 +109,8 @@ def _value(key: str, value: str, kind: str) -> Any:
 
 def common_tier(a: Source, b: Source) -> Tier:
     """How near two runs must be: the same bits for the same engine, else by the coarser dtypes."""
-    if a.resolved == b.resolved and a.precision is not None:
-        return "same"
     if a.precision is None or b.precision is None:
-        return PRECISIONS[-1]
+        raise ConfigError(f"tier: a server does not tell its dtypes; give --tier {TIERS}")
+    if a.resolved == b.resolved:
+        return "same"
     return max(a.precision, b.precision, key=PRECISIONS.index)

@@ -11,9 +11,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from builders import with_config
-from minidsv import indexer
+from minidsv import indexer, mla
 from minidsv.batch import StepBatch
 from minidsv.engine_config import bundled_model
+from minidsv.kernels import indexer_logits
+from minidsv.kernels.constants import PAGE_SIZE
+from minidsv.kernels.index_cache import read_index_k_buffer
+from minidsv.kernels.set_mla_kv_buffer import set_mla_kv_buffer_fp8_quant
 from minidsv.kernels.topk import topk_positions
 from minidsv.runner import ModelRunner
 from minidsv.scheduler import Chunk
@@ -79,6 +83,37 @@ def dropped_router_bias(folder: Path) -> Iterator[Path]:
     yield _with_tensor(folder, "model.layers.3.mlp.gate.e_score_correction_bias", torch.zeros_like)
 
 
+@contextmanager
+def missing_index_scale(folder: Path) -> Iterator[Path]:
+    """An fp8 index cache is read without its keys' scales."""
+
+    def read(buffer: Tensor, pages: Tensor, dim: int) -> Tensor:
+        damaged = buffer.clone()
+        damaged[:, PAGE_SIZE * dim :].view(torch.float32).fill_(1.0)
+        return read_index_k_buffer(damaged, pages, dim)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(indexer_logits, "read_index_k_buffer", read)
+        yield bundled_model()
+
+
+@contextmanager
+def quantised_rope(folder: Path) -> Iterator[Path]:
+    """The fp8 row's rotary part, which is bfloat16, goes through e4m3."""
+
+    def write(buffer: Tensor, slots: Tensor, latent: Tensor, k_pe: Tensor) -> None:
+        coarse = k_pe.to(torch.float8_e4m3fn).to(k_pe.dtype)
+        set_mla_kv_buffer_fp8_quant(buffer, slots, latent, coarse)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mla, "set_mla_kv_buffer_fp8_quant", write)
+        yield bundled_model()
+
+
+FP8_MUTANTS = (
+    (missing_index_scale, "index_cache_dtype=fp8"),
+    (quantised_rope, "kv_cache_dtype=fp8"),
+)
 MUTANTS = (
     swapped_indexer_rope,
     selected_plus_one,

@@ -17,7 +17,7 @@ from eval_parity import LIMITS, Tier, Verdict, compare, judge
 from eval_records import Record, RecordFile
 from eval_run import Settings, run
 from eval_sources import common_tier, read_conf
-from mutants import MUTANTS
+from mutants import FP8_MUTANTS, MUTANTS
 
 SHORT = {"facts", "retrieval 64", "retrieval 128", "retrieval 192"}
 SETTINGS = Settings("loglikelihood", 8, ignore_eos=True)
@@ -65,8 +65,8 @@ def test_the_same_configuration_twice_gives_the_same_bits() -> None:
         ("dtype=bfloat16", "bf16"),
         ("kv_cache_dtype=bfloat16", "bf16"),
         ("kv_cache_dtype=fp8", "fp8"),
-        ("kv_cache_dtype=fp8_flat", "fp8"),
-        ("index_cache_dtype=fp8", "fp8"),
+        ("kv_cache_dtype=fp8_flat", "fp8_flat"),
+        ("index_cache_dtype=fp8", "fp8_index"),
     ],
 )
 def test_other_dtypes_are_green_in_their_own_tier(conf: str, tier: Tier) -> None:
@@ -82,5 +82,14 @@ def test_a_broken_engine_is_red(mutant: object, tmp_path: Path) -> None:
     with mutant(tmp_path / "broken") as folder:  # type: ignore[operator]
         got = records(f"model={folder}", items())
     assert not verdict(got, "fp32", reference()).green
+    # one layer's router bias moves this model no further than fp8 rows do
     coarse = verdict(got, "fp8", reference()).green
     assert coarse == (mutant.__name__ == "dropped_router_bias")  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("mutant", "conf"), FP8_MUTANTS, ids=lambda x: getattr(x, "__name__", x))
+def test_a_fault_in_an_fp8_cache_is_red(mutant: object, conf: str, tmp_path: Path) -> None:
+    tier = common_tier(read_conf("transformers", HTTPOptions()), read_conf(conf, HTTPOptions()))
+    with mutant(tmp_path / "broken"):  # type: ignore[operator]
+        got = records(conf, items())
+    assert not verdict(got, tier, reference()).green

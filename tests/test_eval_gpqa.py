@@ -295,10 +295,9 @@ def test_our_own_server_scores_as_the_engine_does(served: Served) -> None:
     result = invoke("parity", "--a", url, "--b", "device=cpu", "--limit", "6", "--tier", "fp32")
     assert result.exit_code == 0, result.output
     assert last_json(result)["divergences"] == 0
-    with serving(load_format="auto", num_pages=200, dtype="bfloat16") as other:
-        result = invoke("parity", "--a", url, "--b", str(other.client.base_url), "--limit", "4")
-    assert last_json(result)["tier"] == "fp8"
-    assert 0 < last_json(result)["mean_shift"] < 0.2
+    refused = invoke("parity", "--a", url, "--b", url)
+    assert refused.exit_code == 2
+    assert "--tier" in refused.stderr
 
 
 def test_scores_by_echo(served: Served) -> None:
@@ -382,3 +381,48 @@ def test_conf_values() -> None:
     assert (config.device, config.num_pages, config.enable_prefix_caching) == ("cpu", 7, False)
     with pytest.raises(ConfigError, match="enable_prefix_caching"):
         eval_sources.engine_config("enable_prefix_caching=no")
+
+
+CHOICE = {"text": "Answer: A", "finish_reason": "stop"}
+LOGPROBS = {"tokens": [" A"], "token_logprobs": [-1.0], "top_logprobs": [{" A": -1.0}]}
+MALFORMED = [
+    {},
+    {"choices": []},
+    {"choices": ["x"]},
+    {"choices": [{"text": None}]},
+    {"choices": [CHOICE]},
+    {"choices": [CHOICE | {"logprobs": LOGPROBS | {"tokens": []}}]},
+    {"choices": [CHOICE | {"logprobs": LOGPROBS | {"token_logprobs": [math.nan]}}]},
+    {"choices": [CHOICE | {"logprobs": LOGPROBS | {"top_logprobs": [{" A": "-1"}, 5]}}]},
+]
+
+
+@pytest.mark.parametrize("answer", MALFORMED, ids=range(len(MALFORMED)))
+def test_malformed_answers_are_errors_not_letters(answer: Any, tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "q.csv", 2)
+    fault = Fault(200, content=json.dumps(answer).encode())
+    prompts = [
+        i.prompt for i in eval_items.make_items(eval_items.read_gpqa(path, "loglikelihood"), 1)
+    ]
+    with stub_server(faults={prompt: [fault] for prompt in prompts}) as stub:
+        result = invoke(
+            *("--csv", str(path), "--base-url", stub.url, "--model", "stub", "--retries", "0"),
+            *("--protocol", "loglikelihood"),
+        )
+    assert result.exit_code == 3
+    assert stub.url in result.stderr or "logprobs" in result.stderr
+
+
+def test_a_prompt_that_the_engine_refuses_is_left_out_and_counted(tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "q.csv", 3, Question="word " * 30000)
+    result = invoke("--csv", str(path), "--protocol", "loglikelihood", "--max-errors", "1")
+    assert result.exit_code == 3
+    assert last_json(result)["items"] == 2
+    assert "too many" in last_json(result)["last_error"]
+
+
+def test_an_unwritable_file_is_no_red_verdict(tmp_path: Path) -> None:
+    for args in (["--records", str(tmp_path)], ["parity", "--a", "", "--b", "", "--out", "/no/x"]):
+        result = invoke(*args, "--limit", "1")
+        assert result.exit_code == 2
+        assert result.stderr.startswith("error: ")
