@@ -40,7 +40,7 @@ LIMITS: dict[Tier, Limits] = {
     "same": Limits(0.0, 0.0, 0.0, 0.0),
     "fp32": Limits(0.01, 1e-8, 2e-4, 1e-4),
     "bf16": Limits(0.5, 1e-6, 0.05, 3e-3),
-    "fp8_index": Limits(0.5, 3e-8, 0.015, 1.5e-3),
+    "fp8_index": Limits(0.5, 3e-8, 0.015, 3e-3),
     "fp8": Limits(0.5, 2e-6, 0.08, 3e-3),
     "fp8_flat": Limits(1.0, 1e-4, 0.15, 1e-2),
 }

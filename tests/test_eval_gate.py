@@ -87,9 +87,14 @@ def test_a_broken_engine_is_red(mutant: object, tmp_path: Path) -> None:
     assert coarse == (mutant.__name__ == "dropped_router_bias")  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize(("mutant", "conf"), FP8_MUTANTS, ids=lambda x: getattr(x, "__name__", x))
+@pytest.mark.parametrize(("mutant", "conf"), FP8_MUTANTS)
 def test_a_fault_in_an_fp8_cache_is_red(mutant: object, conf: str, tmp_path: Path) -> None:
+    """The indexer has to choose in long contexts only; the sound cache is green in the same."""
+    long = [p for p in bundled_problems(0) if p.topic in ("retrieval 512", "retrieval 576")][:8]
+    asked = list(make_items(long, 1)) if "index" in conf else items()
+    want = records("transformers", asked)
     tier = common_tier(read_conf("transformers", HTTPOptions()), read_conf(conf, HTTPOptions()))
+    clean = verdict(records(conf, asked), tier, want)
+    assert clean.green, clean.reasons
     with mutant(tmp_path / "broken"):  # type: ignore[operator]
-        got = records(conf, items())
-    assert not verdict(got, tier, reference()).green
+        assert not verdict(records(conf, asked), tier, want).green
