@@ -144,12 +144,12 @@ def check_ptx(kernel: ptx.PtxKernel, names: dict[str, str], spec: KernelSpec) ->
             yield f"{where}: the trigger comes first"
         if not ptx.is_global_access(instruction):
             continue
-        if not ptx.only_reads(instruction):
-            yield f"{where}: a write"
         bases = {names.get(base, base) for base in kernel.bases(instruction)}
         pointers = bases - scalars(spec, bases)
-        if foreign := pointers - spec.replay_constant:
-            yield f"{where}: address from {_quoted(foreign)}, not declared replay-constant"
+        if not ptx.only_reads(instruction):
+            yield f"{where}: a write to {_quoted(pointers)}"
+        elif foreign := pointers - spec.replay_constant:
+            yield f"{where}: reads {_quoted(foreign)}, not declared replay-constant"
         elif not pointers:
             yield f"{where}: its address comes from no pointer parameter"
 

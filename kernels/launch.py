@@ -11,13 +11,12 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from minidsv.kernels.pdl import PdlMode, launch_kwargs, usable_mode
+from minidsv.kernels.pdl import PdlMode, launch_kwargs
 
 
 @triton.jit
-def pdl_begin(PDL: tl.constexpr):
+def pdl_begin(PDL: tl.constexpr) -> None:
     """Wait for the kernels before, then (except in the seed's order) let the next one start."""
     if PDL != "off":
         tl.extra.cuda.gdc_wait()
@@ -26,7 +25,7 @@ def pdl_begin(PDL: tl.constexpr):
 
 
 @triton.jit
-def pdl_end(PDL: tl.constexpr):
+def pdl_end(PDL: tl.constexpr) -> None:
     """The seed's trigger."""
     if PDL == "seed":
         tl.extra.cuda.gdc_launch_dependents()
@@ -70,12 +69,11 @@ class KernelSpec:
         self,
         grid: tuple[int, ...],
         mode: PdlMode,
+        args: dict[str, Any],
         num_warps: int = 4,
         num_stages: int = 3,
-        **args: Any,
     ) -> None:
-        """Run the kernel, unless the grid is empty; PDL is off where the device has none."""
-        if 0 in grid:
-            return
-        mode = usable_mode(mode, next(a for a in args.values() if isinstance(a, Tensor)))
-        self.kernel[grid](**args, PDL=mode, **self.compile_options(num_warps, num_stages, mode))
+        """Run the kernel on `args`, unless the grid is empty; `mode` is `pdl.triton_mode`'s."""
+        if 0 not in grid:
+            options = self.compile_options(num_warps, num_stages, mode)
+            self.kernel[grid](**args, PDL=mode, **options)

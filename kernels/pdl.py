@@ -38,13 +38,14 @@ def is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def runs_triton(tensor: Tensor, mode: PdlMode | None) -> bool:
-    """Whether a wrapper launches its Triton kernel: asked for by a mode, and able to."""
-    return mode is not None and (tensor.is_cuda or is_interpreted())
+def triton_mode(tensor: Tensor, mode: PdlMode | None) -> PdlMode | None:
+    """What a wrapper does with its `pdl` for a tensor: None runs the reference, a mode the kernel.
 
-
-def usable_mode(mode: PdlMode, tensor: Tensor) -> PdlMode:
-    """`mode` where the tensor's device has PDL, else off."""
+    Triton runs where a mode asks for it, on CUDA tensors (or any in the interpreter), and without
+    PDL where the device has none.
+    """
+    if mode is None or not (tensor.is_cuda or is_interpreted()):
+        return None
     if not tensor.is_cuda or torch.version.hip or is_interpreted():
         return "off"
     return mode if is_arch_support_pdl(torch.cuda.get_device_capability(tensor.device)) else "off"

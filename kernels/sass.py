@@ -65,7 +65,8 @@ def is_exit(instruction: Instruction) -> bool:
 
 def is_unfollowed(instruction: Instruction) -> bool:
     """Jumps to an address that the listing does not name."""
-    return instruction.root in _UNFOLLOWED
+    nameless = instruction.root == "BRA" and not instruction.targets
+    return nameless or instruction.root in _UNFOLLOWED
 
 
 def is_spill(instruction: Instruction) -> bool:

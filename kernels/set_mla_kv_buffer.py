@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from minidsv.kernels.constants import FP8_BLOCK
-from minidsv.kernels.pdl import PdlMode, runs_triton
+from minidsv.kernels.pdl import PdlMode, triton_mode
 from minidsv.kernels.quant import E4M3_MAX, dequantize_groups, per_token_group_quant_fp8
 
 
@@ -43,6 +43,8 @@ def set_mla_kv_buffer_fp8_quant_ref(
     kv_buffer: Tensor, loc: Tensor, k_nope: Tensor, k_rope: Tensor, scale: float = 1.0
 ) -> None:
     """The FP8 rows in PyTorch."""
+    if not len(loc):  # views of empty tensors have no strides
+        return
     if kv_buffer.dtype == torch.float8_e4m3fn:
         row = torch.cat((k_nope, k_rope), -1).float() / scale
         bytes_ = row.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
@@ -84,12 +86,12 @@ def set_mla_kv_buffer(
     assert kv_buffer.element_size() > 1 or kv_buffer.dtype == k_nope.dtype, (
         f"{kv_buffer.dtype} rows are copied, not quantised: k_nope is {k_nope.dtype}"
     )
-    if runs_triton(kv_buffer, pdl):
-        from minidsv.kernels.set_mla_kv_buffer_triton import copy_rows
+    mode = triton_mode(kv_buffer, pdl)
+    if mode is None:
+        return set_mla_kv_buffer_ref(kv_buffer, loc, k_nope, k_rope)
+    from minidsv.kernels.set_mla_kv_buffer_triton import copy_rows
 
-        copy_rows(kv_buffer, loc, k_nope, k_rope, pdl)
-    else:
-        set_mla_kv_buffer_ref(kv_buffer, loc, k_nope, k_rope)
+    return copy_rows(kv_buffer, loc, k_nope, k_rope, mode)
 
 
 def set_mla_kv_buffer_fp8_quant(
@@ -106,15 +108,14 @@ def set_mla_kv_buffer_fp8_quant(
     c, r = k_nope.shape[1], k_rope.shape[1]
     flat = kv_buffer.dtype == torch.float8_e4m3fn
     _assert_width(kv_buffer, c + r if flat else fp8_row_bytes(c, r))
-    if not runs_triton(kv_buffer, pdl):
-        set_mla_kv_buffer_fp8_quant_ref(kv_buffer, loc, k_nope, k_rope, scale)
-        return
+    mode = triton_mode(kv_buffer, pdl)
+    if mode is None:
+        return set_mla_kv_buffer_fp8_quant_ref(kv_buffer, loc, k_nope, k_rope, scale)
     from minidsv.kernels.set_mla_kv_buffer_triton import write_flat_rows, write_fp8_rows
 
     if flat:
-        write_flat_rows(kv_buffer, loc, k_nope, k_rope, scale, pdl)
-    else:
-        write_fp8_rows(kv_buffer, loc, k_nope, k_rope, pdl)
+        return write_flat_rows(kv_buffer, loc, k_nope, k_rope, scale, mode)
+    return write_fp8_rows(kv_buffer, loc, k_nope, k_rope, mode)
 
 
 def read_mla_kv_buffer(

@@ -111,8 +111,10 @@ def _fp8_row_kernel(
     pdl_end(PDL)
 
 
-ALIGNED = {"nope_stride": "i32:16", "nope_step": 1, "rope_stride": "i32:16", "rope_step": 1}
-ANY = dict.fromkeys(ALIGNED, "i32")
+_STRIDES = ("nope_stride", "nope_step", "rope_stride", "rope_step")
+ALIGNED: dict[str, str | int] = dict(zip(_STRIDES, ("i32:16", 1, "i32:16", 1), strict=True))
+ANY: dict[str, str | int] = dict.fromkeys(_STRIDES, "i32")
+VARIANTS = (("*i64:16", ALIGNED, ":16"), ("*i32:16", ALIGNED, ":16"), ("*i64", ANY, ""))
 KEYS = ("bf16", "fp32")
 COPIES = (*itertools.product(KEYS, KEYS), ("u8", "u8"))  # buffer, keys
 FP8_LIMITS = {"MAX": E4M3_MAX, "FLOOR": AMAX_FLOOR}
@@ -125,16 +127,13 @@ def _sizes(c: int, r: int) -> dict[str, int]:
 
 def _rows(outputs: dict[str, str], inputs: str, **more: str | float) -> tuple[Row, ...]:
     """Launches that write `outputs` (name -> pointee) from keys of type `inputs`."""
-    variants = (("*i64:16", ALIGNED, ":16"), ("*i32:16", ALIGNED, ":16"), ("*i64", ANY, ""))
-    return tuple(
-        Row(
-            {name: f"*{pointee}:16" for name, pointee in outputs.items()}
-            | {"loc": loc, "k_nope": f"*{inputs}{align}", "k_rope": f"*{inputs}{align}"}
-            | {"slot_stride": "i32:16", **strides, **_sizes(c, r), **more}
-        )
-        for c, r in DIMS
-        for loc, strides, align in variants
-    )
+    rows = []
+    for (c, r), variant in itertools.product(DIMS, VARIANTS):
+        loc, strides, align = variant
+        arguments: dict[str, str | int | float] = {n: f"*{t}:16" for n, t in outputs.items()}
+        arguments |= {"loc": loc, "slot_stride": "i32:16", **strides, **_sizes(c, r), **more}
+        rows.append(Row(arguments | dict.fromkeys(("k_nope", "k_rope"), f"*{inputs}{align}")))
+    return tuple(rows)
 
 
 COPY = KernelSpec(
@@ -164,6 +163,7 @@ SPECS = (COPY, FLAT, FP8)
 
 def _inputs(kv_buffer: Tensor, loc: Tensor, k_nope: Tensor, k_rope: Tensor) -> dict[str, Any]:
     """Arguments that the three kernels share; loc [T], k_nope [T, C], k_rope [T, r]."""
+    assert loc.is_contiguous(), f"loc has stride {loc.stride()}"
     strides = {
         "slot_stride": kv_buffer.stride(0),
         "nope_stride": k_nope.stride(0),
@@ -171,7 +171,7 @@ def _inputs(kv_buffer: Tensor, loc: Tensor, k_nope: Tensor, k_rope: Tensor) -> d
         "rope_stride": k_rope.stride(0),
         "rope_step": k_rope.stride(1),
     }
-    keys = {"loc": loc.contiguous(), "k_nope": k_nope, "k_rope": k_rope}
+    keys = {"loc": loc, "k_nope": k_nope, "k_rope": k_rope}
     return keys | strides | _sizes(k_nope.shape[1], k_rope.shape[1])
 
 
@@ -182,7 +182,7 @@ def copy_rows(
     if kv_buffer.element_size() == 1:
         kv_buffer, k_nope, k_rope = (x.view(torch.uint8) for x in (kv_buffer, k_nope, k_rope))
     args = _inputs(kv_buffer, loc, k_nope, k_rope)
-    COPY.launch(loc.shape, mode, kv_buffer=kv_buffer, **args)
+    COPY.launch(loc.shape, mode, args | {"kv_buffer": kv_buffer})
 
 
 def write_flat_rows(
@@ -190,7 +190,7 @@ def write_flat_rows(
 ) -> None:
     """kv_buffer e4m3 [num_slots, C + r]."""
     args = _inputs(kv_buffer, loc, k_nope, k_rope)
-    FLAT.launch(loc.shape, mode, kv_buffer=kv_buffer, scale=scale, MAX=E4M3_MAX, **args)
+    FLAT.launch(loc.shape, mode, args | {"kv_buffer": kv_buffer, "scale": scale, "MAX": E4M3_MAX})
 
 
 def write_fp8_rows(
@@ -203,4 +203,4 @@ def write_fp8_rows(
         "rope_out": kv_buffer.view(torch.bfloat16),
     }
     args = _inputs(kv_buffer, loc, k_nope, k_rope)
-    FP8.launch(loc.shape, mode, **views, **args, **FP8_LIMITS)
+    FP8.launch(loc.shape, mode, args | views | FP8_LIMITS)
