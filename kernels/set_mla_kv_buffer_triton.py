@@ -10,6 +10,8 @@ computes the row itself can call too.
 """
 
 import itertools
+import operator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from triton import next_power_of_2
 from minidsv.kernels.launch import KernelSpec, Row, pdl_begin, pdl_end
 from minidsv.kernels.pdl import PdlMode
 from minidsv.kernels.quant import AMAX_FLOOR, E4M3_MAX
+from minidsv.kernels.set_mla_kv_buffer import fp8_row_bytes
 
 
 @triton.jit
@@ -117,6 +120,7 @@ ANY: dict[str, str | int] = dict.fromkeys(_STRIDES, "i32")
 VARIANTS = (("*i64:16", ALIGNED, ":16"), ("*i32:16", ALIGNED, ":16"), ("*i64", ANY, ""))
 KEYS = ("bf16", "fp32")
 COPIES = (*itertools.product(KEYS, KEYS), ("u8", "u8"))  # buffer, keys
+FP8_FIELDS = {"latent": "fp8e4nv", "scales": "fp32", "rope_out": "bf16"}
 FP8_LIMITS = {"MAX": E4M3_MAX, "FLOOR": AMAX_FLOOR}
 DIMS = ((512, 64), (128, 64))  # C and r: DeepSeek-V3.2 and GLM-5; the bundled model
 
@@ -125,37 +129,36 @@ def _sizes(c: int, r: int) -> dict[str, int]:
     return {"C": c, "R": r, "BLOCK_C": next_power_of_2(c), "BLOCK_R": next_power_of_2(r)}
 
 
-def _rows(outputs: dict[str, str], inputs: str, **more: str | float) -> tuple[Row, ...]:
-    """Launches that write `outputs` (name -> pointee) from keys of type `inputs`."""
+def _rows(
+    types: Iterable[tuple[dict[str, str], str]],
+    row_size: Callable[[int, int], int] = operator.add,
+    **more: str | float,
+) -> tuple[Row, ...]:
+    """Launches for each of `types`: (output name -> pointee, pointee of k_nope and k_rope).
+
+    `row_size` gives the buffer's row for (C, r), `more` the arguments that one kernel adds.
+    """
     rows = []
-    for (c, r), variant in itertools.product(DIMS, VARIANTS):
+    for (outputs, keys), (c, r), variant in itertools.product(types, DIMS, VARIANTS):
         loc, strides, align = variant
         arguments: dict[str, str | int | float] = {n: f"*{t}:16" for n, t in outputs.items()}
-        arguments |= {"loc": loc, "slot_stride": "i32:16", **strides, **_sizes(c, r), **more}
-        rows.append(Row(arguments | dict.fromkeys(("k_nope", "k_rope"), f"*{inputs}{align}")))
+        arguments["slot_stride"] = "i32" if row_size(c, r) % 16 else "i32:16"
+        arguments |= dict.fromkeys(("k_nope", "k_rope"), f"*{keys}{align}")
+        rows.append(Row(arguments | {"loc": loc, **strides, **_sizes(c, r), **more}))
     return tuple(rows)
 
 
 COPY = KernelSpec(
-    _copy_row_kernel,
-    rows=sum((_rows({"kv_buffer": buffer}, keys) for buffer, keys in COPIES), ()),
+    _copy_row_kernel, _rows([({"kv_buffer": buffer}, keys) for buffer, keys in COPIES])
 )
 FLAT = KernelSpec(
     _flat_row_kernel,
-    rows=sum(
-        (_rows({"kv_buffer": "fp8e4nv"}, keys, scale="fp32", MAX=E4M3_MAX) for keys in KEYS), ()
-    ),
+    _rows([({"kv_buffer": "fp8e4nv"}, keys) for keys in KEYS], scale="fp32", MAX=E4M3_MAX),
     min_capability=89,
 )
 FP8 = KernelSpec(
     _fp8_row_kernel,
-    rows=sum(
-        (
-            _rows({"latent": "fp8e4nv", "scales": "fp32", "rope_out": "bf16"}, keys, **FP8_LIMITS)
-            for keys in KEYS
-        ),
-        (),
-    ),
+    _rows([(FP8_FIELDS, keys) for keys in KEYS], fp8_row_bytes, **FP8_LIMITS),
     min_capability=89,
 )
 SPECS = (COPY, FLAT, FP8)
