@@ -61,7 +61,7 @@ def check(write, reference, dtype: torch.dtype, width: int, nope: Tensor, rope: 
 
 @pytest.mark.parametrize("loc_dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("layout", ["rows", "wide", "columns"])
-@pytest.mark.parametrize(("c", "r"), [*DIMS, (100, 28)])
+@pytest.mark.parametrize(("c", "r"), [*DIMS, (100, 12)])
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_rows(tokens: int, c: int, r: int, layout: str, loc_dtype) -> None:
     for buffer_dtype in FLOATS:
@@ -74,7 +74,7 @@ def test_rows(tokens: int, c: int, r: int, layout: str, loc_dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e4m3fn])
-@pytest.mark.parametrize(("c", "r"), [(512, 64), (528, 128), (100, 28)])
+@pytest.mark.parametrize(("c", "r"), [(512, 64), (528, 128), (100, 12)])
 def test_bytes_are_copied(c: int, r: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(2)
     whole = torch.randint(256, (TOKENS[-1], c + r), dtype=torch.uint8, generator=generator).view(
@@ -87,7 +87,7 @@ def test_bytes_are_copied(c: int, r: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("layout", ["rows", "wide", "columns"])
-@pytest.mark.parametrize(("c", "r"), [*DIMS, (384, 32)])
+@pytest.mark.parametrize(("c", "r"), [*DIMS, (640, 2)])
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_fp8_rows(tokens: int, c: int, r: int, layout: str) -> None:
     for dtype in FLOATS:
@@ -102,9 +102,10 @@ def test_fp8_rows(tokens: int, c: int, r: int, layout: str) -> None:
 @pytest.mark.parametrize("scale", [1.0, 0.25] if is_interpreted() else [1.0, 0.25, 0.3])
 @pytest.mark.parametrize("layout", ["rows", "wide", "columns"])
 def test_flat_rows(layout: str, scale: float) -> None:
-    """0.25 and 0.3 drive the largest values over 448: they saturate."""
-    for (c, r), dtype in zip((*DIMS, (100, 28)), (*FLOATS, FLOATS[1]), strict=True):
+    """500 saturates at 448, and so do the largest values over 0.25 and 0.3."""
+    for (c, r), dtype in zip((*DIMS, (100, 12)), (*FLOATS, FLOATS[1]), strict=True):
         nope, rope = keys(TOKENS[-1], c, r, layout, dtype)
+        nope[-1, 0] = rope[-1, 0] = 500 * scale
         check(
             functools.partial(set_mla_kv_buffer_fp8_quant, scale=scale),
             functools.partial(set_mla_kv_buffer_fp8_quant_ref, scale=scale),
