@@ -9,7 +9,7 @@ import triton
 
 import planted
 from minidsv.kernels import ptx, sass
-from minidsv.kernels.check import SPECS, Case, build, cases, check, check_ptx, check_sass
+from minidsv.kernels.check import SPECS, Case, build, cases, check, check_ptx, check_sass, prove
 from minidsv.kernels.pdl import is_arch_support_pdl
 
 KERNELS = Path(sys.modules["minidsv.kernels.check"].__file__).parent
@@ -149,6 +149,15 @@ def test_registered_kernels_are_proved(spec) -> None:
         assert not (proof := check(case)).violations, proof
         targets.add(case.capability)
     assert targets == ({90, 100, 80} if spec.min_capability <= 80 else {90, 100})
+
+
+def test_report_and_verdict(capsys: pytest.CaptureFixture[str]) -> None:
+    """A kernel without a wait fails in each mode with PDL, and holds without."""
+    assert not prove([planted.spec(planted.no_wait)])
+    out = capsys.readouterr().out
+    assert "FAILED no_wait[0] (fp32 fp32 fp32) sm_90 prefetch: 3 global accesses" in out
+    assert "\n    PTX 0 waits, want one\n" in out
+    assert "1 kernels, 0 rows proved (2 binaries), 4 binaries failed" in out
 
 
 def test_the_attribute_is_set_in_one_place() -> None:
