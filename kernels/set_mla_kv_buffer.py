@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from minidsv.kernels.constants import FP8_BLOCK
+from minidsv.kernels.pdl import PdlMode, triton_mode
 from minidsv.kernels.quant import E4M3_MAX, dequantize_groups, per_token_group_quant_fp8
 
 
@@ -30,32 +31,91 @@ def fp8_row_bytes(kv_lora_rank: int, rope_dim: int) -> int:
     return kv_lora_rank + kv_lora_rank // FP8_BLOCK * 4 + rope_dim * 2
 
 
-def set_mla_kv_buffer(kv_buffer: Tensor, loc: Tensor, k_nope: Tensor, k_rope: Tensor) -> None:
-    """Write rows kv_buffer[loc] = [k_nope | k_rope].
-
-    kv_buffer [num_slots, C + r] fp32 or bf16; loc [T] int32 or int64, distinct; k_nope [T, C],
-    k_rope [T, r], any strides.
-    """
-    assert kv_buffer.shape[-1] == k_nope.shape[-1] + k_rope.shape[-1], (
-        f"{kv_buffer.shape=} {k_nope.shape=} {k_rope.shape=}"
-    )
-    kv_buffer[loc.long()] = torch.cat((k_nope, k_rope), -1).to(kv_buffer.dtype)
+def set_mla_kv_buffer_ref(kv_buffer: Tensor, loc: Tensor, k_nope: Tensor, k_rope: Tensor) -> None:
+    """kv_buffer[loc] = [k_nope | k_rope] in PyTorch; rows of one-byte dtypes are copied."""
+    rows = torch.cat((k_nope, k_rope), -1).to(kv_buffer.dtype)
+    if kv_buffer.element_size() == 1:  # PyTorch has no index_put for FP8
+        kv_buffer, rows = kv_buffer.view(torch.uint8), rows.view(torch.uint8)
+    kv_buffer[loc.long()] = rows
 
 
-def set_mla_kv_buffer_fp8_quant(
+def set_mla_kv_buffer_fp8_quant_ref(
     kv_buffer: Tensor, loc: Tensor, k_nope: Tensor, k_rope: Tensor, scale: float = 1.0
 ) -> None:
-    """The same in FP8: an e4m3 buffer takes the flat row over `scale`, a uint8 one the fp8 row."""
+    """The FP8 rows in PyTorch."""
+    if not len(loc):  # views of empty tensors have no strides
+        return
     if kv_buffer.dtype == torch.float8_e4m3fn:
         row = torch.cat((k_nope, k_rope), -1).float() / scale
         bytes_ = row.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
     else:
-        assert kv_buffer.dtype == torch.uint8, f"{kv_buffer.dtype=}"
         latent, scales = per_token_group_quant_fp8(k_nope)
         rope = k_rope.to(torch.bfloat16).contiguous()
         bytes_ = torch.cat([part.view(torch.uint8) for part in (latent, scales, rope)], -1)
-    assert bytes_.shape[-1] == kv_buffer.shape[-1], f"{bytes_.shape=} {kv_buffer.shape=}"
     kv_buffer.view(torch.uint8)[loc.long()] = bytes_
+
+
+def _assert_rows(kv_buffer: Tensor, loc: Tensor, k_nope: Tensor, k_rope: Tensor) -> None:
+    assert loc.dim() == 1, f"loc {tuple(loc.shape)} is not [T]"
+    assert loc.dtype in (torch.int32, torch.int64), f"loc {loc.dtype} is not int32 or int64"
+    assert k_nope.shape[:-1] == k_rope.shape[:-1] == loc.shape, (
+        f"k_nope {tuple(k_nope.shape)}, k_rope {tuple(k_rope.shape)}: not [{len(loc)}, *]"
+    )
+    assert k_nope.dtype == k_rope.dtype, f"k_nope {k_nope.dtype}, k_rope {k_rope.dtype}"
+    assert kv_buffer.dim() == 2, f"kv_buffer {tuple(kv_buffer.shape)} is not [num_slots, row]"
+    assert kv_buffer.stride(1) == 1, f"kv_buffer strides {kv_buffer.stride()}: want contiguous rows"
+
+
+def _assert_width(kv_buffer: Tensor, width: int) -> None:
+    assert kv_buffer.shape[1] == width, (
+        f"kv_buffer {tuple(kv_buffer.shape)} {kv_buffer.dtype}: its rows must hold {width}"
+    )
+
+
+def set_mla_kv_buffer(
+    kv_buffer: Tensor, loc: Tensor, k_nope: Tensor, k_rope: Tensor, pdl: PdlMode | None = None
+) -> None:
+    """Write rows kv_buffer[loc] = [k_nope | k_rope].
+
+    kv_buffer [num_slots, C + r] fp32 or bf16, or e4m3 or uint8 with keys of that dtype, which are
+    copied; loc [T] int32 or int64, distinct; k_nope [T, C], k_rope [T, r], any strides. `pdl`:
+    None runs the reference, a mode the Triton kernel in that mode (CPU tensors: the reference).
+    """
+    _assert_rows(kv_buffer, loc, k_nope, k_rope)
+    _assert_width(kv_buffer, k_nope.shape[1] + k_rope.shape[1])
+    assert kv_buffer.element_size() > 1 or kv_buffer.dtype == k_nope.dtype, (
+        f"{kv_buffer.dtype} rows are copied, not quantised: k_nope is {k_nope.dtype}"
+    )
+    mode = triton_mode(kv_buffer, pdl)
+    if mode is None:
+        return set_mla_kv_buffer_ref(kv_buffer, loc, k_nope, k_rope)
+    from minidsv.kernels.set_mla_kv_buffer_triton import copy_rows
+
+    return copy_rows(kv_buffer, loc, k_nope, k_rope, mode)
+
+
+def set_mla_kv_buffer_fp8_quant(
+    kv_buffer: Tensor,
+    loc: Tensor,
+    k_nope: Tensor,
+    k_rope: Tensor,
+    scale: float = 1.0,
+    pdl: PdlMode | None = None,
+) -> None:
+    """The same in FP8: an e4m3 buffer takes the flat row over `scale`, a uint8 one the fp8 row."""
+    _assert_rows(kv_buffer, loc, k_nope, k_rope)
+    assert kv_buffer.dtype in (torch.float8_e4m3fn, torch.uint8), f"{kv_buffer.dtype=}"
+    c, r = k_nope.shape[1], k_rope.shape[1]
+    flat = kv_buffer.dtype == torch.float8_e4m3fn
+    _assert_width(kv_buffer, c + r if flat else fp8_row_bytes(c, r))
+    mode = triton_mode(kv_buffer, pdl)
+    if mode is None:
+        return set_mla_kv_buffer_fp8_quant_ref(kv_buffer, loc, k_nope, k_rope, scale)
+    from minidsv.kernels.set_mla_kv_buffer_triton import write_flat_rows, write_fp8_rows
+
+    if flat:
+        return write_flat_rows(kv_buffer, loc, k_nope, k_rope, scale, mode)
+    return write_fp8_rows(kv_buffer, loc, k_nope, k_rope, mode)
 
 
 def read_mla_kv_buffer(

@@ -120,3 +120,38 @@ def test_fp8_index_page_bytes() -> None:
     assert torch.equal(buffer[~written], before[~written])
     read = read_index_k_buffer(buffer, torch.arange(10), 128)
     assert (read[loc] - rotated).norm() / rotated.norm() < 0.03
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e4m3fn])
+def test_byte_rows_are_copied(dtype: torch.dtype) -> None:
+    loc, nope, rope = rows(512, 64)
+    nope, rope = (x.to(torch.float8_e4m3fn).view(dtype) for x in (nope, rope))
+    buffer = torch.zeros(SLOTS, 576, dtype=torch.uint8).view(dtype)
+    before = buffer.clone()
+    set_mla_kv_buffer(buffer, loc, nope, rope, pdl="on")  # a CPU tensor: the reference
+    assert torch.equal(buffer[loc].view(torch.uint8), torch.cat((nope, rope), -1).view(torch.uint8))
+    assert untouched(buffer, before, loc)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"loc": torch.zeros(2)}, "loc torch.float32 is not int32 or int64"),
+        ({"loc": torch.zeros(1, 2, dtype=torch.int64)}, r"loc \(1, 2\) is not \[T\]"),
+        ({"k_rope": torch.zeros(3, 64)}, r"k_rope \(3, 64\): not \[2, \*\]"),
+        ({"k_rope": torch.zeros(2, 64).half()}, "k_nope torch.float32, k_rope torch.float16"),
+        ({"kv_buffer": torch.zeros(9, 575)}, r"\(9, 575\) torch.float32: its rows must hold 576"),
+        ({"kv_buffer": torch.zeros(9, 9, 64)}, r"\(9, 9, 64\) is not \[num_slots, row\]"),
+        ({"kv_buffer": torch.zeros(576, 9).T}, r"strides \(1, 9\): want contiguous rows"),
+        ({"kv_buffer": torch.zeros(9, 576, dtype=torch.uint8)}, "copied, not quantised"),
+    ],
+)
+def test_unfit_rows_are_refused(change: dict[str, Tensor], message: str) -> None:
+    args = {
+        "kv_buffer": torch.zeros(9, 576),
+        "loc": torch.tensor([1, 2]),
+        "k_nope": torch.zeros(2, 512),
+        "k_rope": torch.zeros(2, 64),
+    }
+    with pytest.raises(AssertionError, match=message):
+        set_mla_kv_buffer(**args | change)

@@ -1,0 +1,79 @@
+"""How a Triton kernel is started, and what the checker has to know about it.
+
+Every kernel is launched through its `KernelSpec`: the spec sets the kernel's constexpr `PDL` and
+the launch attribute from one mode, and `minidsv.kernels.check` compiles the same spec's rows with
+the same options. In the kernel, `pdl_begin` stands in straight-line code before the first access
+to anything that changes during a replay, `pdl_end` after the last.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from minidsv.kernels.pdl import PdlMode, launch_kwargs
+
+
+@triton.jit
+def pdl_begin(PDL: tl.constexpr) -> None:
+    """Wait for the kernels before, then (except in the seed's order) let the next one start."""
+    if PDL != "off":
+        tl.extra.cuda.gdc_wait()
+        if PDL != "seed":
+            tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def pdl_end(PDL: tl.constexpr) -> None:
+    """The seed's trigger."""
+    if PDL == "seed":
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@dataclass(frozen=True)
+class Row:
+    """One compiled form: each argument's type ("*bf16", "i32:16" = divisible by 16) or constant."""
+
+    arguments: dict[str, str | int | float]
+    num_warps: int = 4
+    num_stages: int = 3
+
+    @property
+    def pointees(self) -> tuple[str, ...]:
+        """Types behind the pointers, in order: ("bf16", "i64", "bf16")."""
+        types = [t for t in self.arguments.values() if isinstance(t, str) and t[0] == "*"]
+        return tuple(t[1:].removesuffix(":16") for t in types)
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """A kernel, the rows it is launched in, and the parameters whose memory no replay changes."""
+
+    kernel: Any  # triton.JITFunction
+    rows: tuple[Row, ...]
+    replay_constant: frozenset[str] = frozenset()
+    min_capability: int = 80  # 89 where it casts to e4m3
+    fp_fusion: bool = False  # fuse a * b + c into one rounding
+
+    @property
+    def name(self) -> str:
+        return self.kernel.__name__.strip("_")
+
+    def compile_options(self, num_warps: int, num_stages: int, mode: PdlMode) -> dict[str, Any]:
+        """Options of a launch, and of the same row's ahead-of-time compilation."""
+        options = {"num_warps": num_warps, "num_stages": num_stages}
+        return options | {"enable_fp_fusion": self.fp_fusion} | launch_kwargs(mode)
+
+    def launch(
+        self,
+        grid: tuple[int, ...],
+        mode: PdlMode,
+        args: dict[str, Any],
+        num_warps: int = 4,
+        num_stages: int = 3,
+    ) -> None:
+        """Run the kernel on `args`, unless the grid is empty; `mode` is `pdl.triton_mode`'s."""
+        if 0 not in grid:
+            options = self.compile_options(num_warps, num_stages, mode)
+            self.kernel[grid](**args, PDL=mode, **options)

@@ -1,0 +1,187 @@
+"""The PDL checker: clean kernels pass, planted violations are named, registered kernels hold."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import triton
+
+import planted
+from minidsv.kernels import ptx, sass
+from minidsv.kernels.check import SPECS, Case, build, cases, check, check_ptx, check_sass, prove
+from minidsv.kernels.pdl import is_arch_support_pdl
+
+KERNELS = Path(sys.modules["minidsv.kernels.check"].__file__).parent
+
+
+def proof_of(kernel, mode="on"):
+    spec = planted.spec(kernel)
+    return check(Case(spec, spec.rows[0], 90, mode))
+
+
+@pytest.mark.parametrize("mode", ["seed", "on", "prefetch"])
+@pytest.mark.parametrize(("kernel", "before"), [(planted.clean, 0), (planted.weight_first, 1)])
+def test_clean_kernels_are_proved(kernel, before: int, mode: str) -> None:
+    proof = proof_of(kernel, mode)
+    assert not proof.violations
+    assert (proof.loads_before, proof.accesses) == (before, 3)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "findings"),
+    [
+        (planted.store_first, ["PTX line", "before the wait: a write to 'out'"]),
+        (planted.activation_first, ["PTX line", "ld.global", "reads 'x', not declared"]),
+        (planted.atomic_first, ["PTX line", "atom", "before the wait: a write to 'w'"]),
+        (planted.loaded_index_first, ["PTX line", ptx.LOADED]),
+        (planted.wait_in_pipelined_loop, ["PTX line", "wait stands in a loop", "can end without"]),
+        (planted.wait_in_one_role, ["PTX the kernel can end without the wait (line", "a write to"]),
+        (planted.no_wait, ["PTX 0 waits, want one", "'x', not declared", "can end without"]),
+        (planted.two_waits, ["PTX 2 waits (line"]),
+        (planted.trigger_first, ["PTX line", "the trigger comes first"]),
+    ],
+    ids=lambda p: getattr(p, "__name__", ""),
+)
+def test_planted_violations_are_named(kernel, findings: list[str]) -> None:
+    text = "\n".join(proof_of(kernel).violations)
+    assert all(finding in text for finding in findings), text
+
+
+def test_a_loop_that_is_pipelined_past_its_wait() -> None:
+    """Triton 3.6 copies the first stages before the wait; 3.9 does not pipeline such a loop."""
+    proof = proof_of(planted.wait_in_pipelined_loop)
+    copies = [v for v in proof.violations if "cp.async" in v and "reads 'x', not declared" in v]
+    assert len(copies) == (8 if triton.__version__ < "3.9" else 0)
+
+
+def test_same_counts_do_not_fool_it() -> None:
+    good, bad = proof_of(planted.weight_first), proof_of(planted.activation_first)
+    assert (good.loads_before, good.accesses) == (bad.loads_before, bad.accesses)
+
+
+def test_without_pdl_there_is_no_wait() -> None:
+    assert not proof_of(planted.clean, "off").violations
+    assert "griddepcontrol without PDL" in proof_of(planted.always_waits, "off").violations[0]
+
+
+def test_an_access_that_ptxas_moved_up_is_found() -> None:
+    """The first load after ACQBULK, put before it: what the PTX cannot show."""
+    spec = planted.spec(planted.weight_first)
+    binary = build(Case(spec, spec.rows[0], 90, "on"))
+    kernel = ptx.parse(binary.ptx)
+    lines = sass.disassemble(binary.cubin).splitlines()
+    assert not list(check_sass(sass.parse("\n".join(lines)), kernel))
+    wait = next(i for i, line in enumerate(lines) if "ACQBULK" in line)
+    load = next(i for i, line in enumerate(lines) if "LDG" in line and i > wait)
+    lines.insert(wait, lines.pop(load))
+    (violation,) = check_sass(sass.parse("\n".join(lines)), kernel)
+    assert "LDG" in violation
+    assert "the PTX has no such access there (ld, 4 bytes)" in violation
+
+
+PTX = """
+.visible .entry k(
+    .param .u64 .ptr .global .align 1 k_param_0,
+    .param .u64 .ptr .global .align 1 k_param_1,
+    .param .u64 k_param_2
+)
+{{
+    .reg .b64 %rd<9>;
+    ld.param.b64 %rd1, [k_param_0];
+    ld.param.b64 %rd2, [k_param_1];
+    ld.param.b64 %rd3, [k_param_2];
+    {before}
+    griddepcontrol.wait;
+    st.global.b32 [%rd1], %r1;
+    ret;
+}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "finding"),
+    [
+        ("add.s64 %rd4, %rd2, %rd3; ld.global.b32 %r1, [%rd4 + 4];", None),
+        ("prefetch.global.L2 [%rd2];", None),
+        ("cp.async.cg.shared.global [ %r1 + 0 ], [ %rd2 + 0 ], 0x10, %r2;", None),
+        ("cp.async.bulk.prefetch.L2.global [%rd2], 64;", None),
+        ("ld.shared.b32 %r1, [%r2]; cp.async.commit_group;", None),
+        ("cp.async.cg.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x10;", "reads 'out'"),
+        ("cp.async.bulk.global.shared::cta.bulk_group [%rd2], [%r1], 16;", "a write"),
+        ("red.global.add.f32 [%rd2], %f1;", "a write"),
+        ("ld.b32 %r1, [%rd1];", "reads 'out'"),
+        ("selp.b64 %rd4, %rd1, %rd2, %p1; ld.global.b32 %r1, [%rd4];", "reads 'out'"),
+        ("@%p1 mov.b64 %rd4, %rd1; @!%p1 mov.b64 %rd4, %rd2; ld.volatile.global.b8 %r1, [%rd4];",
+         "reads 'out'"),
+        ("ld.global.b64 %rd4, [%rd2]; ld.global.b32 %r1, [%rd4];", f"reads '{ptx.LOADED}'"),
+        ("ld.global.b32 %r1, [%rd3];", "from no pointer parameter"),
+        ("call.uni (retval0), vprintf, (param0, param1);", "a write"),
+        ("{ .reg .pred p; setp.eq.s32 p, %r1, 0; @p bra $L; } bar.sync 0; $L:", None),
+        ("@%p1 bra $L; bra.uni $M; $L: ret; $M:", "can end without the wait (line"),
+        ("$L: add.s32 %r1, %r1, 1; @%p1 bra $L;", None),
+        ("@%p1 bra $L; griddepcontrol.wait; $L:", "2 waits"),
+    ],
+)  # fmt: skip
+def test_forms_of_access(before: str, finding: str | None) -> None:
+    spec = planted.spec(planted.clean)
+    names = {"k_param_0": "out", "k_param_1": "w", "k_param_2": "stride"}
+    row = planted.Row({"out": "*fp32", "w": "*fp32", "stride": "i64"})
+    spec = planted.KernelSpec(spec.kernel, (row,), spec.replay_constant)
+    violations = list(check_ptx(ptx.parse(PTX.format(before=before)), names, spec))
+    assert any(finding in v for v in violations) if finding else not violations, violations
+
+
+def test_what_cannot_be_followed_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"indirect branch .*brx\.idx"):
+        ptx.parse(PTX.format(before="brx.idx %r1, $T;"))
+    with pytest.raises(ValueError, match=r"one \.entry in the PTX, found 0"):
+        ptx.parse(".func f() { ret; }")
+    with pytest.raises(ValueError, match="SASS line 1 is no instruction"):
+        sass.parse("        /*0000*/    ??? ;")
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_registered_kernels_are_proved(spec) -> None:
+    """One row in full and its other modes and targets; `minidsv.kernels.check` does them all."""
+    targets = set()
+    for case in cases(spec, one_row=True):
+        assert not (proof := check(case)).violations, proof
+        targets.add(case.capability)
+    assert targets == ({90, 100, 80} if spec.min_capability <= 80 else {90, 100})
+
+
+def test_report_and_verdict(capsys: pytest.CaptureFixture[str]) -> None:
+    """A kernel without a wait fails in each mode with PDL, and holds without."""
+    assert not prove([planted.spec(planted.no_wait)])
+    out = capsys.readouterr().out
+    assert "FAILED no_wait[0] (fp32 fp32 fp32) sm_90 prefetch: 3 global accesses" in out
+    assert "\n    PTX 0 waits, want one\n" in out
+    assert "1 kernels, 0 rows proved (2 binaries), 4 binaries failed" in out
+
+
+def test_the_attribute_is_set_in_one_place() -> None:
+    """Only `launch_kwargs` names it for Triton, and kernels start only through a spec."""
+    naming = {p.name for p in KERNELS.glob("*.py") if "launch_pdl" in p.read_text()}
+    assert naming == {"pdl.py", "check.py"}
+    starting = {p.name for p in KERNELS.glob("*.py") if "[grid](" in p.read_text()}
+    assert starting == {"launch.py"}
+
+
+@pytest.mark.parametrize(
+    ("capability", "supported"),
+    [(None, False), ((8, 0), False), ((8, 9), False), ((9, 0), True), ((10, 0), True)],
+)
+def test_is_arch_support_pdl(capability: tuple[int, int] | None, supported: bool) -> None:
+    assert is_arch_support_pdl(capability) is supported
+
+
+def test_command_refuses_the_interpreter() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "minidsv.kernels.check", "--one-row"],
+        env={"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 2
+    assert "TRITON_INTERPRET=1" in run.stderr
