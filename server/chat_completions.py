@@ -100,6 +100,7 @@ def render(
     add_generation_prompt: bool | None,
     continue_final_message: bool | None,
     template_kwargs: dict[str, Any] | None,
+    most: int | None = None,
 ) -> ChatPrompt:
     """The prompt of a conversation; raises RequestError, also for a checkpoint without a format."""
     template = ChatTemplate(engine.tokenizer, engine.model_config)
@@ -108,6 +109,7 @@ def render(
         add_generation_prompt=add_generation_prompt,
         continue_final_message=bool(continue_final_message),
         template_kwargs=template_kwargs,
+        most=most,
     )
 
 
@@ -122,6 +124,7 @@ def make_requests(
         body.add_generation_prompt,
         body.continue_final_message,
         body.chat_template_kwargs,
+        engine.intake.max_request_tokens,
     )
     try:
         requests = engine.make_requests(

@@ -101,7 +101,9 @@ def _make_requests(
     """Those of one prompt. Token ids get their text where it has to be echoed."""
     if isinstance(prompt, str):
         ids = engine.tokenizer.encode(
-            prompt, add_special_tokens=body.add_special_tokens is not False
+            prompt,
+            add_special_tokens=body.add_special_tokens is not False,
+            most=engine.intake.max_request_tokens,
         )
         return engine.make_requests(ids, params, prompt, request_id, body.cache_salt)
     requests = engine.make_requests(prompt, params, None, request_id, body.cache_salt)

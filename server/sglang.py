@@ -160,7 +160,10 @@ def make_requests(engine: Engine, body: GenerateRequest, request_id: str) -> lis
     try:
         prompt, params = body.prompt(), body.to_params()
         text = prompt if isinstance(prompt, str) else None
-        ids = engine.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        if isinstance(prompt, str):
+            ids = engine.tokenizer.encode(prompt, most=engine.intake.max_request_tokens)
+        else:
+            ids = prompt
         if (body.logprob_start_len or 0) > len(ids):
             raise RequestError(
                 "logprob_start_len",
