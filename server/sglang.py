@@ -5,7 +5,7 @@ No web framework in here. Facts of the shape are read from SGLang's `io_struct.p
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -185,27 +185,37 @@ class Answer:
         self._num_tokens = 0
         self._selections: list[IndexerTopk] = []
         self._finished = False
-        self._text, self._output_ids = b"", b""  # repeated: JSON without its brackets
+        self._text = b""  # JSON without its quotes; all that grows is encoded once, and repeated
+        self._output_ids = _JsonList()
+        self._inputs: dict[str, _JsonList] | None = None
+        self._outputs = {f"output_{kind}_logprobs": _JsonList() for kind in self._kinds()}
 
     def add(self, output: StepOutput) -> None:
         """Take in what a step brought."""
         self._text += to_json(output.text)[1:-1]
-        separator = b"," if self._num_tokens and output.token_ids else b""
-        self._output_ids += separator + to_json(output.token_ids)[1:-1]
-        self._num_tokens += len(output.token_ids)
+        self._output_ids.extend(output.token_ids)
+        first, self._num_tokens = self._num_tokens, self._num_tokens + len(output.token_ids)
+        known = self.request.logprobs[first : self._num_tokens]
+        self._extend(self._outputs, output.token_ids, known)
         if self._body.return_indexer_topk:
             self._take_selections(len(output.token_ids))
         self._finished = output.finished
 
     def json(self) -> bytes:
         """All so far; with several answers, `index` tells which one it is."""
-        rest: dict[str, Any] = {"meta_info": self._meta_info()}
-        if self.request.params.n > 1:
-            rest["index"] = self.request.index
-        return b'{"text":"%b","output_ids":[%b],%b' % (
+        if self._inputs is None:
+            self._inputs = self._encoded_inputs()
+        lists = b"".join(
+            b',"%b":%b' % (name.encode(), entries.json())
+            for name, entries in (self._inputs | self._outputs).items()
+        )
+        index = b',"index":%d' % self.request.index if self.request.params.n > 1 else b""
+        return b'{"text":"%b","output_ids":%b,"meta_info":%b%b}%b}' % (
             self._text,
-            self._output_ids,
-            to_json(rest)[1:],
+            self._output_ids.json(),
+            to_json(self._meta_info())[:-1],
+            lists,
+            index,
         )
 
     def _meta_info(self) -> dict[str, Any]:
@@ -217,7 +227,6 @@ class Answer:
             "completion_tokens": self._num_tokens,
             "cached_tokens": request.num_cached_tokens,
             "e2e_latency": round(time.perf_counter() - self._start, 6),
-            **self._logprobs(),
             **self._indexer_topk(),
         }
 
@@ -232,33 +241,39 @@ class Answer:
             self._selections.clear()
         self._selections += [self.request.indexer_topk.pop(0) for _ in range(count)]
 
-    def _logprobs(self) -> dict[str, Any]:
-        """SGLang's lists of [logprob, token id, text or null]; the first input token has none."""
-        body, request = self._body, self.request
-        if not body.return_logprob:
-            return {}
-        start = -1 if body.logprob_start_len is None else body.logprob_start_len
-        inputs = request.prompt_token_ids[start:] if start >= 0 else []
-        known: list[LogprobDict | None] = [None, *self.scored.prompt_logprobs[start + 1 :]][
-            : len(inputs)
-        ]
-        outputs = request.output_token_ids[: self._num_tokens]
-        lists = {
-            "input_token_logprobs": self._taken(inputs, known),
-            "output_token_logprobs": self._taken(outputs, request.logprobs[: self._num_tokens]),
-        }
-        if body.top_logprobs_num:
-            lists["input_top_logprobs"] = self._best(known)
-            lists["output_top_logprobs"] = self._best(request.logprobs[: self._num_tokens])
+    def _kinds(self) -> list[str]:
+        """Of SGLang's lists: the tokens' own log-probabilities, and the best at each position."""
+        if not self._body.return_logprob:
+            return []
+        return ["token", "top"] if self._body.top_logprobs_num else ["token"]
+
+    def _encoded_inputs(self) -> dict[str, "_JsonList"]:
+        """The prompt's lists, once it is scored; its first token has no entries."""
+        lists = {f"input_{kind}_logprobs": _JsonList() for kind in self._kinds()}
+        start = self._body.logprob_start_len
+        if start is not None and start >= 0:
+            tokens = self.request.prompt_token_ids[start:]
+            known = [None, *self.scored.prompt_logprobs[start + 1 :]][: len(tokens)]
+            self._extend(lists, tokens, known)
         return lists
 
-    def _taken(self, tokens: list[int], known: Sequence[LogprobDict | None]) -> list[Any]:
+    def _extend(
+        self,
+        lists: dict[str, "_JsonList"],
+        tokens: Sequence[int],
+        known: Sequence[LogprobDict | None],
+    ) -> None:
+        """Entries are [logprob, token id, text or null]; `lists` are in the order of `_kinds`."""
+        for entries, of_kind in zip(lists.values(), (self._taken, self._best), strict=False):
+            entries.extend(of_kind(tokens, known))
+
+    def _taken(self, tokens: Sequence[int], known: Sequence[LogprobDict | None]) -> list[Any]:
         return [
             [None, token, None] if entries is None else self._entry(token, entries[token])
             for token, entries in zip(tokens, known, strict=True)
         ]
 
-    def _best(self, known: Sequence[LogprobDict | None]) -> list[Any]:
+    def _best(self, _: Sequence[int], known: Sequence[LogprobDict | None]) -> list[Any]:
         count = self._body.top_logprobs_num or 0
         return [
             entries and [self._entry(t, e) for t, e in entries.items() if e.rank <= count]
@@ -268,6 +283,20 @@ class Answer:
     def _entry(self, token: int, entry: Logprob) -> list[Any]:
         text = entry.decoded_token if self._body.return_text_in_logprobs else None
         return [finite(entry.logprob), token, text]
+
+
+class _JsonList:
+    """A JSON array that grows: each item is encoded once."""
+
+    def __init__(self) -> None:
+        self._items = b""
+
+    def extend(self, items: Iterable[Any]) -> None:
+        new = to_json(list(items))[1:-1]
+        self._items += b"," + new if self._items and new else new
+
+    def json(self) -> bytes:
+        return b"[%b]" % self._items
 
 
 def _finish_reason(request: Request) -> dict[str, Any]:
