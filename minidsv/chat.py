@@ -71,7 +71,8 @@ class ChatTemplate:
         messages: see `check_messages`. add_generation_prompt: open the assistant's turn (None: yes,
         unless a message is continued). continue_final_message: leave the last message, an
         assistant's, open. template_kwargs: variables for the template; for DeepSeek-V3.2
-        `{"thinking": true}`. most: refuse what cannot be so few tokens (`Tokenizer.encode`). There is no `reasoning_effort` but where a Jinja template reads it.
+        `{"thinking": true}`. There is no `reasoning_effort` but where a Jinja template reads it.
+        most: refuse what cannot be so few tokens (`Tokenizer.encode`).
         """
         if self._refusal is not None:
             raise RequestError("messages", self._refusal)
