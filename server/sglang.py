@@ -6,9 +6,9 @@ No web framework in here. Facts of the shape are read from SGLang's `io_struct.p
 
 import time
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from pydantic_core import to_json
 
 from minidsv.engine import Engine, StepOutput
@@ -17,19 +17,19 @@ from minidsv.request import IndexerTopk, Logprob, LogprobDict, Request, Sampling
 from minidsv.server.protocol import (
     MAX_LOGPROBS,
     Biases,
+    Body,
     Flag,
     Integer,
     Number,
     Text,
     Texts,
+    Unsupported,
     finite,
     given,
-    refuse_unsupported,
 )
 
-# SGLang's documented fields that we lack -> values that ask for nothing (None and what is empty
-# always do).
-_UNSUPPORTED_REQUEST: dict[str, tuple[Any, ...]] = {
+_UNSUPPORTED_REQUEST: Unsupported = {
+    "add_special_tokens": (True,),
     "input_embeds": (),
     "image_data": (),
     "audio_data": (),
@@ -49,7 +49,7 @@ _UNSUPPORTED_REQUEST: dict[str, tuple[Any, ...]] = {
     "background": (False,),
     "priority": (),
 }
-_UNSUPPORTED_SAMPLING: dict[str, tuple[Any, ...]] = {
+_UNSUPPORTED_SAMPLING: Unsupported = {
     "stop_regex": (),
     "json_schema": (),
     "regex": (),
@@ -70,10 +70,10 @@ _OURS = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "sampli
 _FROM_ENGINE = {theirs: ours for ours, theirs in _OURS.items()}
 
 
-class GenerateSampling(BaseModel):
+class GenerateSampling(Body):
     """`sampling_params` of POST /generate; null means the default."""
 
-    model_config = ConfigDict(extra="allow")
+    unsupported: ClassVar[Unsupported] = _UNSUPPORTED_SAMPLING
     n: Integer | None = None
     max_new_tokens: Integer | None = None
     min_new_tokens: Integer | None = None
@@ -92,15 +92,15 @@ class GenerateSampling(BaseModel):
 
     def values(self) -> dict[str, Any]:
         """Fields of SamplingParams, with SGLang's defaults (128 tokens, temperature 1)."""
-        refuse_unsupported(self, "sampling_params.", _UNSUPPORTED_SAMPLING)
+        self.refuse_unsupported("sampling_params.")
         values = {_OURS.get(name, name): value for name, value in given(self).items()}
         return {"max_tokens": 128, "temperature": 1.0} | values
 
 
-class GenerateRequest(BaseModel):
+class GenerateRequest(Body):
     """Body of POST /generate: one prompt, as text or as token ids."""
 
-    model_config = ConfigDict(extra="allow")
+    unsupported: ClassVar[Unsupported] = _UNSUPPORTED_REQUEST
     text: Text | None = None
     input_ids: list[Integer] | None = None
     sampling_params: GenerateSampling | None = None
@@ -115,7 +115,6 @@ class GenerateRequest(BaseModel):
 
     def prompt(self) -> str | list[int]:
         """The one prompt given; raises RequestError for none or two."""
-        refuse_unsupported(self, "", _UNSUPPORTED_REQUEST)
         prompts = [p for p in (self.text, self.input_ids) if p is not None]
         if len(prompts) != 1:
             raise RequestError(
@@ -157,6 +156,7 @@ class GenerateRequest(BaseModel):
 
 def make_requests(engine: Engine, body: GenerateRequest, request_id: str) -> list[Request]:
     """One request an answer; raises RequestError in the body's terms."""
+    body.refuse_unsupported()
     try:
         prompt, params = body.prompt(), body.to_params()
         text = prompt if isinstance(prompt, str) else None
