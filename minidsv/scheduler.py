@@ -11,6 +11,7 @@ loses its pages and is computed again later, but for what is still cached by the
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from itertools import islice
 
 from minidsv.block_manager import BlockManager
 from minidsv.kernels.constants import PAGE_SIZE
@@ -96,10 +97,10 @@ class Scheduler:
 
         A request whose prefix a running one computes further keeps its place, and those behind it
         may start: of many prompts with a common beginning, or many outputs of one, the first
-        computes it.
+        computes it. No more are looked at than may run, however many wait.
         """
         chunks = []
-        for request in list(self.waiting):
+        for request in list(islice(self.waiting, self.max_num_seqs)):
             if not budget.tokens or len(self.running) == self.max_num_seqs:
                 break
             if self.block_manager.comes_next(request, self.running):
