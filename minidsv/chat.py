@@ -64,6 +64,7 @@ class ChatTemplate:
         add_generation_prompt: bool | None = None,
         continue_final_message: bool = False,
         template_kwargs: Mapping[str, Any] | None = None,
+        most: int | None = None,
     ) -> ChatPrompt:
         """Check a conversation and encode it; raises RequestError.
 
@@ -71,6 +72,7 @@ class ChatTemplate:
         unless a message is continued). continue_final_message: leave the last message, an
         assistant's, open. template_kwargs: variables for the template; for DeepSeek-V3.2
         `{"thinking": true}`. There is no `reasoning_effort` but where a Jinja template reads it.
+        most: refuse what cannot be so few tokens (`Tokenizer.encode`).
         """
         if self._refusal is not None:
             raise RequestError("messages", self._refusal)
@@ -92,13 +94,14 @@ class ChatTemplate:
             continue_final_message=continue_final_message,
             kwargs=_checked_kwargs(template_kwargs),
         )
-        return self._prompt(text)
+        return self._prompt(text, most)
 
-    def _prompt(self, text: str) -> ChatPrompt:
+    def _prompt(self, text: str, most: int | None) -> ChatPrompt:
         try:
-            token_ids = self._tokenizer.encode(text, add_special_tokens=False)
-        except RequestError:
-            raise RequestError("messages", "the template made invalid Unicode of them") from None
+            token_ids = self._tokenizer.encode(text, add_special_tokens=False, most=most)
+        except RequestError as error:
+            reason = str(error).removeprefix("prompt: ")
+            raise RequestError("messages", f"as the template wrote them: {reason}") from None
         in_reasoning = text.rstrip().endswith(THINK)
         end = self._tokenizer.token_id(END_THINK)
         if in_reasoning and end is not None and not self._tokenizer.decode([end]):

@@ -70,7 +70,7 @@ class Intake:
                     name,
                     f"{getattr(params, name)} is more than the vocabulary of {self._vocab_size}",
                 )
-        for name in ("logit_bias", "logprob_token_ids"):
+        for name in ("logit_bias", "stop_token_ids", "logprob_token_ids"):
             for token in getattr(params, name) or ():
                 if token >= self._vocab_size:
                     raise RequestError(name, self._no_token(token))

@@ -141,6 +141,7 @@ class LLM:
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 template_kwargs=chat_template_kwargs,
+                most=self.engine.intake.max_request_tokens,
             )
             for conversation in _conversations(messages)
         ]
@@ -178,7 +179,10 @@ class LLM:
         for item, one in zip(items, params, strict=True):
             prompt, salt = _prompt_and_salt(item)
             text = prompt if isinstance(prompt, str) else None
-            ids = engine.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+            if isinstance(prompt, str):
+                ids = engine.tokenizer.encode(prompt, most=engine.intake.max_request_tokens)
+            else:
+                ids = list(prompt)
             groups.append(engine.make_requests(ids, one, text, cache_salt=salt))
         return groups
 

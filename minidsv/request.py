@@ -12,6 +12,7 @@ from minidsv.errors import RequestError
 
 MAX_OUTPUTS = 128
 MAX_STOP_STRINGS = 16
+MAX_STOP_TOKEN_IDS = 128
 MAX_LOGPROB_TOKEN_IDS = 128
 MAX_INT = 2**63 - 1
 MAX_NUMBER = 1e6
@@ -40,7 +41,7 @@ class SamplingParams:
                     from (seed, j); None: taken from the engine's seed and a counter
     stop            strings that end the text, before them (one string or a list); they may cross
                     tokens
-    stop_token_ids  tokens that end the text, beside the model's EOS
+    stop_token_ids  tokens that end the text, beside the model's EOS (at most 128)
     ignore_eos      go on past EOS
     min_tokens      before so many tokens neither EOS, stop tokens nor stop strings end the text
     logprobs        report this many best tokens at each output position, plus the sampled one
@@ -96,7 +97,7 @@ class SamplingParams:
                 "min_tokens", f"{self.min_tokens} is more than max_tokens {self.max_tokens}"
             )
         self._check_stops()
-        self._check_token_ids("stop_token_ids")
+        self._check_token_ids("stop_token_ids", MAX_STOP_TOKEN_IDS)
         self._check_token_ids("logprob_token_ids", MAX_LOGPROB_TOKEN_IDS)
         if self.logprob_token_ids and self.logprobs is None:
             raise RequestError("logprob_token_ids", "is given without logprobs")
@@ -124,11 +125,11 @@ class SamplingParams:
         if isinstance(self.stop, list):
             object.__setattr__(self, "stop", tuple(self.stop))  # frozen: the caller's may change
 
-    def _check_token_ids(self, name: str, most: int | None = None) -> None:
+    def _check_token_ids(self, name: str, most: int) -> None:
         tokens: Any = getattr(self, name)
         if not isinstance(tokens, list | tuple | None):
             raise RequestError(name, f"{reprlib.repr(tokens)} is not a list")
-        if tokens is not None and most is not None and len(tokens) > most:
+        if tokens is not None and len(tokens) > most:
             raise RequestError(name, f"{len(tokens)} token ids; accepted: at most {most}")
         for token in tokens or ():
             _check_int(name, token, 0)

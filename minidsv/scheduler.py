@@ -11,6 +11,7 @@ loses its pages and is computed again later, but for what is still cached by the
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from itertools import islice
 
 from minidsv.block_manager import BlockManager
 from minidsv.kernels.constants import PAGE_SIZE
@@ -80,16 +81,8 @@ class Scheduler:
                     break
             else:
                 chunks.append(budget.take(request, size))
-        while (
-            self.waiting
-            and budget.tokens
-            and not preempted
-            and len(self.running) < self.max_num_seqs
-        ):
-            request = self.waiting[0]
-            if not self._admit(request):
-                break
-            chunks.append(budget.take(request, budget.chunk_size(request)))
+        if not preempted:
+            chunks += self._start(budget)
         assert chunks or not self.has_work, "requests wait and none can run"
         return chunks
 
@@ -99,19 +92,34 @@ class Scheduler:
             chunk.request.num_computed_tokens = chunk.end
             self.block_manager.cache(chunk.request, chunk.start, chunk.end)
 
-    def _admit(self, request: Request) -> bool:
-        """Run the first waiting request, if there are pages for all its tokens and some to spare.
+    def _start(self, budget: "_Budget") -> list[Chunk]:
+        """Chunks of waiting requests, in their order, until there are too few pages for one.
 
-        The spare ones are for the running requests' next tokens; alone, a request needs none. It
-        also waits while a running one computes more of its prefix: of many prompts with a common
-        beginning, or many outputs of one, the first computes it.
+        A request whose prefix a running one computes further keeps its place, and those behind it
+        may start: of many prompts with a common beginning, or many outputs of one, the first
+        computes it. No more are looked at than may run, however many wait.
         """
-        if self.block_manager.comes_next(request, self.running):
-            return False
+        chunks = []
+        for request in list(islice(self.waiting, self.max_num_seqs)):
+            if not budget.tokens or len(self.running) == self.max_num_seqs:
+                break
+            if self.block_manager.comes_next(request, self.running):
+                continue
+            if not self._admit(request):
+                break
+            chunks.append(budget.take(request, budget.chunk_size(request)))
+        return chunks
+
+    def _admit(self, request: Request) -> bool:
+        """Run a waiting request, if there are pages for all its tokens and some to spare.
+
+        The spare ones are for the running requests' next tokens; alone, a request needs none.
+        """
         cached = self.block_manager.admit(request, self.spare_pages if self.running else 0)
         if cached is None:
             return False
-        self.running.append(self.waiting.popleft())
+        self.waiting.remove(request)
+        self.running.append(request)
         request.status, request.num_computed_tokens = Status.RUNNING, cached
         if request.first_scheduled_time is None:
             request.first_scheduled_time = time.monotonic()

@@ -44,17 +44,34 @@ class Tokenizer:
             template.get("default") if isinstance(template, dict) else template
         )
         self.size = 1 + max(self.backend.get_vocab(with_added_tokens=True).values())  # with gaps
+        self.longest = max(map(len, self.backend.get_vocab(with_added_tokens=True)))  # characters
         self._added: list[int] = self.backend.encode("").ids
         self._token_texts: dict[int, str] = {}
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def encode(
+        self, text: str, add_special_tokens: bool = True, most: int | None = None
+    ) -> list[int]:
         """Token ids of `text`, with the special tokens that the tokenizer adds (BOS). Special
         tokens that the text spells out are read as such either way; a BOS that it begins with is
-        the only one."""
+        the only one.
+
+        Raises RequestError; with `most`, also for a text that is longer than so many tokens can be,
+        before it costs any time. Other threads go on meanwhile: unlike `encode`, the backend's
+        batches leave the interpreter's lock.
+        """
+        if most is not None and len(text) > most * self.longest:
+            raise RequestError(
+                "prompt",
+                f"{len(text)} characters are too many; {most} tokens, as many as fit, have at most "
+                f"{most * self.longest}",
+            )
         try:
-            ids = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+            (encoding,) = self.backend.encode_batch_fast(
+                [text], add_special_tokens=add_special_tokens
+            )
         except (TypeError, UnicodeEncodeError):
             raise RequestError("prompt", "not valid Unicode text (a lone surrogate?)") from None
+        ids: list[int] = encoding.ids
         added = len(self._added) if add_special_tokens else 0
         return ids[added:] if added and ids[: 2 * added] == self._added * 2 else ids
 

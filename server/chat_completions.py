@@ -4,8 +4,8 @@ As in completions.py: `make_requests`, then `chat_body`, or a `ChatChoice` each 
 reasoning model thinks goes to `reasoning_content`, as in DeepSeek's own API.
 """
 
-from collections.abc import Sequence
-from typing import Annotated, Any
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, WithJsonSchema
 
@@ -14,12 +14,17 @@ from minidsv.chat_reasoning import Split
 from minidsv.engine import Engine, StepOutput
 from minidsv.errors import RequestError
 from minidsv.request import Logprob, Request, SamplingParams
-from minidsv.server.openai_request import OpenAIRequest, prompt_logprobs, stop_text, usage
-from minidsv.server.protocol import MAX_LOGPROBS, Flag, Integer, finite
+from minidsv.server.openai_request import (
+    UNSUPPORTED,
+    OpenAIRequest,
+    prompt_logprobs,
+    stop_text,
+    usage,
+)
+from minidsv.server.protocol import MAX_LOGPROBS, Flag, Integer, Unsupported, finite
 from minidsv.tokenizer import Tokenizer
 
-_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "logprob_token_ids": (),
+_UNSUPPORTED: Unsupported = {
     "tools": (),
     "tool_choice": ("none", "auto"),
     "parallel_tool_calls": (True, False),
@@ -35,8 +40,6 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "include_reasoning": (True,),
     "separate_reasoning": (True,),
     "stream_reasoning": (True,),
-    "echo": (False,),
-    "add_special_tokens": (False,),
     "documents": (),
     "chat_template": (),
     "media_io_kwargs": (),
@@ -61,6 +64,7 @@ Messages = Annotated[list[Any], WithJsonSchema({"type": "array", "items": _MESSA
 class ChatRequest(OpenAIRequest):
     """Body of POST /v1/chat/completions; ChatTemplate checks the messages."""
 
+    unsupported: ClassVar[Unsupported] = {**UNSUPPORTED, **_UNSUPPORTED}
     messages: Messages
     max_completion_tokens: Annotated[Integer, Field(ge=0)] | None = None
     logprobs: Flag = None
@@ -71,7 +75,7 @@ class ChatRequest(OpenAIRequest):
 
     def to_params(self) -> SamplingParams:
         """Our parameters; without a limit, as many tokens as the context holds."""
-        self.check(_UNSUPPORTED)
+        self.check()
         if self.top_logprobs is not None and not self.logprobs:
             raise RequestError("top_logprobs", "is given without logprobs: true")
         limits = {self.max_tokens, self.max_completion_tokens} - {None}
@@ -100,6 +104,7 @@ def render(
     add_generation_prompt: bool | None,
     continue_final_message: bool | None,
     template_kwargs: dict[str, Any] | None,
+    most: int | None = None,
 ) -> ChatPrompt:
     """The prompt of a conversation; raises RequestError, also for a checkpoint without a format."""
     template = ChatTemplate(engine.tokenizer, engine.model_config)
@@ -108,6 +113,7 @@ def render(
         add_generation_prompt=add_generation_prompt,
         continue_final_message=bool(continue_final_message),
         template_kwargs=template_kwargs,
+        most=most,
     )
 
 
@@ -122,6 +128,7 @@ def make_requests(
         body.add_generation_prompt,
         body.continue_final_message,
         body.chat_template_kwargs,
+        engine.intake.max_request_tokens,
     )
     try:
         requests = engine.make_requests(
@@ -191,15 +198,14 @@ class ChatChoice:
         message = {"role": "assistant"} | self._message(self._prompt.split(text))
         return self._choice("message", message, len(self.request.output_token_ids), True)
 
-    def chunks(self, output: StepOutput) -> list[dict[str, Any]]:
+    def chunks(self, output: StepOutput) -> Iterator[dict[str, Any]]:
         """What one engine step brought; the role comes first, in a chunk of its own."""
-        chunks = []
         if not self._begun:
             self._begun = True
             opening = self._choice("delta", {"role": "assistant", "content": ""}, 0, False)
-            chunks.append({"choices": [opening]})
-            if self.request.index == 0:
-                chunks[0] |= prompt_fields(self._body, self.request)
+            first = self.request.index == 0
+            shown = prompt_fields(self._body, self.request) if first else {}
+            yield {"choices": [opening], **shown}
         text = output.text
         if output.finished:
             text += stop_text(self._body, self.request, self._tokenizer)
@@ -209,10 +215,7 @@ class ChatChoice:
             split = Split(split.reasoning + rest.reasoning, split.content + rest.content)
         delta = self._message(split)
         num_tokens = len(output.token_ids)
-        return [
-            *chunks,
-            {"choices": [self._choice("delta", delta, num_tokens, output.finished)]},
-        ]
+        yield {"choices": [self._choice("delta", delta, num_tokens, output.finished)]}
 
     def _message(self, split: Split) -> dict[str, Any]:
         reasons = self._prompt.in_reasoning

@@ -6,7 +6,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, PlainValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
@@ -14,12 +14,17 @@ from pydantic_core import PydanticCustomError
 from minidsv.engine import Engine, StepOutput
 from minidsv.errors import RequestError
 from minidsv.request import LogprobDict, Request, SamplingParams
-from minidsv.server.openai_request import OpenAIRequest, prompt_logprobs, stop_text, usage
-from minidsv.server.protocol import Flag, Integer, check_unicode, finite
+from minidsv.server.openai_request import (
+    UNSUPPORTED,
+    OpenAIRequest,
+    prompt_logprobs,
+    stop_text,
+    usage,
+)
+from minidsv.server.protocol import Flag, Integer, Unsupported, check_unicode, finite
 from minidsv.tokenizer import Tokenizer
 
 MAX_CHOICES = 1024  # of one body
-_UNSUPPORTED: dict[str, tuple[Any, ...]] = {"suffix": ()}
 
 
 def _prompts(value: Any) -> list[str | list[int]]:
@@ -56,6 +61,7 @@ Prompts = Annotated[
 class CompletionRequest(OpenAIRequest):
     """Body of POST /v1/completions."""
 
+    unsupported: ClassVar[Unsupported] = {**UNSUPPORTED, "suffix": ()}
     prompt: Prompts
     echo: Flag = None
     add_special_tokens: Flag = None  # true unless it says false
@@ -64,7 +70,7 @@ class CompletionRequest(OpenAIRequest):
 
     def to_params(self) -> SamplingParams:
         """Our parameters, which have OpenAI's default of 16 tokens too; raises RequestError."""
-        self.check(_UNSUPPORTED)
+        self.check()
         if len(self.prompt) * (self.n or 1) > MAX_CHOICES:
             choices = f"{len(self.prompt)} prompts of {self.n} choices are too many"
             raise RequestError("n", f"{choices}; accepted: {MAX_CHOICES} choices")
@@ -101,7 +107,9 @@ def _make_requests(
     """Those of one prompt. Token ids get their text where it has to be echoed."""
     if isinstance(prompt, str):
         ids = engine.tokenizer.encode(
-            prompt, add_special_tokens=body.add_special_tokens is not False
+            prompt,
+            add_special_tokens=body.add_special_tokens is not False,
+            most=engine.intake.max_request_tokens,
         )
         return engine.make_requests(ids, params, prompt, request_id, body.cache_salt)
     requests = engine.make_requests(prompt, params, None, request_id, body.cache_salt)

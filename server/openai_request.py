@@ -1,31 +1,31 @@
 """Fields that OpenAI's completion and chat bodies share, with vLLM's additions."""
 
 from collections.abc import Sequence
-from dataclasses import fields
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from minidsv.errors import RequestError
-from minidsv.request import MAX_INT, Request, SamplingParams
+from minidsv.request import MAX_INT, Request
 from minidsv.server.protocol import (
     MAX_LOGPROBS,
+    SAMPLING_NAMES,
     Biases,
+    Body,
     Flag,
     Integer,
     Number,
     Text,
     Texts,
+    Unsupported,
     finite,
     given,
-    refuse_unsupported,
     validation_reason,
 )
 from minidsv.tokenizer import Tokenizer
 
-# Documented fields of OpenAI, vLLM and SGLang that we lack on both routes -> values that ask for
-# nothing (None and what is empty always do).
-UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+# Of OpenAI, vLLM and SGLang, on both routes.
+UNSUPPORTED: Unsupported = {
     "best_of": (1,),
     "use_beam_search": (False,),
     "length_penalty": (1,),
@@ -65,22 +65,20 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "session_params": (),
     "rid": (),
 }
-_SAMPLING = {parameter.name for parameter in fields(SamplingParams)}
-_UNSUPPORTED_STREAM: dict[str, tuple[Any, ...]] = {"include_obfuscation": (False,)}
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(Body):
     """`stream_options`: which events of a stream carry token counts."""
 
-    model_config = ConfigDict(extra="allow")
+    unsupported: ClassVar[Unsupported] = {"include_obfuscation": (False,)}
     include_usage: Flag = None  # one event behind the last choice's
     continuous_usage_stats: Flag = None  # every event
 
 
-class OpenAIRequest(BaseModel):
+class OpenAIRequest(Body):
     """What both routes accept; null means the default."""
 
-    model_config = ConfigDict(extra="allow")
+    unsupported: ClassVar[Unsupported] = UNSUPPORTED
     model: Text | None = None
     n: Annotated[Integer, Field(ge=1, le=128)] | None = None  # choices a prompt
     stream: Flag = None
@@ -116,11 +114,11 @@ class OpenAIRequest(BaseModel):
             field, reason = validation_reason(error.errors()[0])
             raise RequestError(field or "body", reason) from None
 
-    def check(self, unsupported: dict[str, tuple[Any, ...]]) -> None:
+    def check(self) -> None:
         """Raise RequestError for what this server lacks and for options without their option."""
-        refuse_unsupported(self, "", UNSUPPORTED | unsupported)
+        self.refuse_unsupported()
         if self.stream_options is not None:
-            refuse_unsupported(self.stream_options, "stream_options.", _UNSUPPORTED_STREAM)
+            self.stream_options.refuse_unsupported("stream_options.")
             if not self.stream:
                 raise RequestError("stream_options", "is given without stream: true")
 
@@ -129,7 +127,7 @@ class OpenAIRequest(BaseModel):
 
         A negative seed, which OpenAI's range allows, becomes one of ours.
         """
-        values = {name: value for name, value in given(self).items() if name in _SAMPLING}
+        values = {name: value for name, value in given(self).items() if name in SAMPLING_NAMES}
         if self.seed is not None:
             values["seed"] = self.seed & MAX_INT
         return {"temperature": 1.0} | values

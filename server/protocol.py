@@ -1,19 +1,22 @@
 """Kinds of JSON fields that all bodies share, and how fields that we lack are refused.
 
-A field that OpenAI, vLLM or SGLang documents and we lack is refused unless it carries the value
-that asks for nothing; a name that nobody documents is ignored and logged at debug.
+A field that OpenAI, vLLM or SGLang documents and we lack, or have elsewhere, is refused unless it
+carries the value that asks for nothing; a name that nobody documents is ignored and logged at
+debug.
 """
 
 import logging
 import re
 import reprlib
-from collections.abc import Collection, Mapping
-from typing import Annotated, Any
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import fields
+from typing import Annotated, Any, ClassVar
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
+    ConfigDict,
     Field,
     StrictBool,
     StrictInt,
@@ -23,6 +26,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from minidsv.errors import RequestError
+from minidsv.request import SamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -57,11 +61,38 @@ Flag = StrictBool | None
 Biases = Annotated[dict[str, Number], AfterValidator(_by_token_id)]
 
 MAX_LOGPROBS = 20  # most alternatives shown at a position
+SAMPLING_NAMES = frozenset(parameter.name for parameter in fields(SamplingParams))
+Unsupported = Mapping[str, tuple[Any, ...]]
+"""Documented fields -> values that ask for nothing (None and what is empty always do)."""
 
 
-def refuse_unsupported(
-    model: BaseModel, prefix: str, unsupported: Mapping[str, tuple[Any, ...]]
-) -> None:
+class Body(BaseModel):
+    """What a generating route accepts, or an object inside it."""
+
+    model_config = ConfigDict(extra="allow")
+    unsupported: ClassVar[Unsupported] = {}
+
+    def refuse_unsupported(self, prefix: str = "") -> None:
+        """Raise RequestError for what is lacking here: `unsupported`, and what SamplingParams or
+        any other body has or refuses; false asks for nothing."""
+        bodies = [type(self), *_subclasses(Body)]
+        lacking: dict[str, tuple[Any, ...]] = {}
+        for name in self.model_extra or {}:
+            if name in SAMPLING_NAMES or any(name in body.model_fields for body in bodies):
+                lacking[name] = (False,)
+            for body in bodies:
+                if name in body.unsupported:
+                    lacking.setdefault(name, body.unsupported[name])
+        refuse_unsupported(self, prefix, lacking | {**type(self).unsupported})
+
+
+def _subclasses(parent: type[Body]) -> Iterator[type[Body]]:
+    for child in parent.__subclasses__():
+        yield child
+        yield from _subclasses(child)
+
+
+def refuse_unsupported(model: BaseModel, prefix: str, unsupported: Unsupported) -> None:
     """Raise RequestError for a documented field that we lack and that asks for something.
 
     `unsupported` maps names to the values that ask for nothing, beside null and what is empty. A

@@ -5,10 +5,10 @@ No web framework in here. Facts of the shape are read from SGLang's `io_struct.p
 """
 
 import time
-from collections.abc import Sequence
-from typing import Annotated, Any
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from pydantic_core import to_json
 
 from minidsv.engine import Engine, StepOutput
@@ -17,19 +17,19 @@ from minidsv.request import IndexerTopk, Logprob, LogprobDict, Request, Sampling
 from minidsv.server.protocol import (
     MAX_LOGPROBS,
     Biases,
+    Body,
     Flag,
     Integer,
     Number,
     Text,
     Texts,
+    Unsupported,
     finite,
     given,
-    refuse_unsupported,
 )
 
-# SGLang's documented fields that we lack -> values that ask for nothing (None and what is empty
-# always do).
-_UNSUPPORTED_REQUEST: dict[str, tuple[Any, ...]] = {
+_UNSUPPORTED_REQUEST: Unsupported = {
+    "add_special_tokens": (True,),
     "input_embeds": (),
     "image_data": (),
     "audio_data": (),
@@ -49,7 +49,7 @@ _UNSUPPORTED_REQUEST: dict[str, tuple[Any, ...]] = {
     "background": (False,),
     "priority": (),
 }
-_UNSUPPORTED_SAMPLING: dict[str, tuple[Any, ...]] = {
+_UNSUPPORTED_SAMPLING: Unsupported = {
     "stop_regex": (),
     "json_schema": (),
     "regex": (),
@@ -70,10 +70,10 @@ _OURS = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "sampli
 _FROM_ENGINE = {theirs: ours for ours, theirs in _OURS.items()}
 
 
-class GenerateSampling(BaseModel):
+class GenerateSampling(Body):
     """`sampling_params` of POST /generate; null means the default."""
 
-    model_config = ConfigDict(extra="allow")
+    unsupported: ClassVar[Unsupported] = _UNSUPPORTED_SAMPLING
     n: Integer | None = None
     max_new_tokens: Integer | None = None
     min_new_tokens: Integer | None = None
@@ -92,15 +92,15 @@ class GenerateSampling(BaseModel):
 
     def values(self) -> dict[str, Any]:
         """Fields of SamplingParams, with SGLang's defaults (128 tokens, temperature 1)."""
-        refuse_unsupported(self, "sampling_params.", _UNSUPPORTED_SAMPLING)
+        self.refuse_unsupported("sampling_params.")
         values = {_OURS.get(name, name): value for name, value in given(self).items()}
         return {"max_tokens": 128, "temperature": 1.0} | values
 
 
-class GenerateRequest(BaseModel):
+class GenerateRequest(Body):
     """Body of POST /generate: one prompt, as text or as token ids."""
 
-    model_config = ConfigDict(extra="allow")
+    unsupported: ClassVar[Unsupported] = _UNSUPPORTED_REQUEST
     text: Text | None = None
     input_ids: list[Integer] | None = None
     sampling_params: GenerateSampling | None = None
@@ -115,7 +115,6 @@ class GenerateRequest(BaseModel):
 
     def prompt(self) -> str | list[int]:
         """The one prompt given; raises RequestError for none or two."""
-        refuse_unsupported(self, "", _UNSUPPORTED_REQUEST)
         prompts = [p for p in (self.text, self.input_ids) if p is not None]
         if len(prompts) != 1:
             raise RequestError(
@@ -157,10 +156,14 @@ class GenerateRequest(BaseModel):
 
 def make_requests(engine: Engine, body: GenerateRequest, request_id: str) -> list[Request]:
     """One request an answer; raises RequestError in the body's terms."""
+    body.refuse_unsupported()
     try:
         prompt, params = body.prompt(), body.to_params()
         text = prompt if isinstance(prompt, str) else None
-        ids = engine.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        if isinstance(prompt, str):
+            ids = engine.tokenizer.encode(prompt, most=engine.intake.max_request_tokens)
+        else:
+            ids = prompt
         if (body.logprob_start_len or 0) > len(ids):
             raise RequestError(
                 "logprob_start_len",
@@ -182,27 +185,37 @@ class Answer:
         self._num_tokens = 0
         self._selections: list[IndexerTopk] = []
         self._finished = False
-        self._text, self._output_ids = b"", b""  # repeated: JSON without its brackets
+        self._text = b""  # JSON without its quotes; all that grows is encoded once, and repeated
+        self._output_ids = _JsonList()
+        self._inputs: dict[str, _JsonList] | None = None
+        self._outputs = {f"output_{kind}_logprobs": _JsonList() for kind in self._kinds()}
 
     def add(self, output: StepOutput) -> None:
         """Take in what a step brought."""
         self._text += to_json(output.text)[1:-1]
-        separator = b"," if self._num_tokens and output.token_ids else b""
-        self._output_ids += separator + to_json(output.token_ids)[1:-1]
-        self._num_tokens += len(output.token_ids)
+        self._output_ids.extend(output.token_ids)
+        first, self._num_tokens = self._num_tokens, self._num_tokens + len(output.token_ids)
+        known = self.request.logprobs[first : self._num_tokens]
+        self._extend(self._outputs, output.token_ids, known)
         if self._body.return_indexer_topk:
             self._take_selections(len(output.token_ids))
         self._finished = output.finished
 
     def json(self) -> bytes:
         """All so far; with several answers, `index` tells which one it is."""
-        rest: dict[str, Any] = {"meta_info": self._meta_info()}
-        if self.request.params.n > 1:
-            rest["index"] = self.request.index
-        return b'{"text":"%b","output_ids":[%b],%b' % (
+        if self._inputs is None:
+            self._inputs = self._encoded_inputs()
+        lists = b"".join(
+            b',"%b":%b' % (name.encode(), entries.json())
+            for name, entries in (self._inputs | self._outputs).items()
+        )
+        index = b',"index":%d' % self.request.index if self.request.params.n > 1 else b""
+        return b'{"text":"%b","output_ids":%b,"meta_info":%b%b}%b}' % (
             self._text,
-            self._output_ids,
-            to_json(rest)[1:],
+            self._output_ids.json(),
+            to_json(self._meta_info())[:-1],
+            lists,
+            index,
         )
 
     def _meta_info(self) -> dict[str, Any]:
@@ -214,7 +227,6 @@ class Answer:
             "completion_tokens": self._num_tokens,
             "cached_tokens": request.num_cached_tokens,
             "e2e_latency": round(time.perf_counter() - self._start, 6),
-            **self._logprobs(),
             **self._indexer_topk(),
         }
 
@@ -229,33 +241,39 @@ class Answer:
             self._selections.clear()
         self._selections += [self.request.indexer_topk.pop(0) for _ in range(count)]
 
-    def _logprobs(self) -> dict[str, Any]:
-        """SGLang's lists of [logprob, token id, text or null]; the first input token has none."""
-        body, request = self._body, self.request
-        if not body.return_logprob:
-            return {}
-        start = -1 if body.logprob_start_len is None else body.logprob_start_len
-        inputs = request.prompt_token_ids[start:] if start >= 0 else []
-        known: list[LogprobDict | None] = [None, *self.scored.prompt_logprobs[start + 1 :]][
-            : len(inputs)
-        ]
-        outputs = request.output_token_ids[: self._num_tokens]
-        lists = {
-            "input_token_logprobs": self._taken(inputs, known),
-            "output_token_logprobs": self._taken(outputs, request.logprobs[: self._num_tokens]),
-        }
-        if body.top_logprobs_num:
-            lists["input_top_logprobs"] = self._best(known)
-            lists["output_top_logprobs"] = self._best(request.logprobs[: self._num_tokens])
+    def _kinds(self) -> list[str]:
+        """Of SGLang's lists: the tokens' own log-probabilities, and the best at each position."""
+        if not self._body.return_logprob:
+            return []
+        return ["token", "top"] if self._body.top_logprobs_num else ["token"]
+
+    def _encoded_inputs(self) -> dict[str, "_JsonList"]:
+        """The prompt's lists, once it is scored; its first token has no entries."""
+        lists = {f"input_{kind}_logprobs": _JsonList() for kind in self._kinds()}
+        start = self._body.logprob_start_len
+        if start is not None and start >= 0:
+            tokens = self.request.prompt_token_ids[start:]
+            known = [None, *self.scored.prompt_logprobs[start + 1 :]][: len(tokens)]
+            self._extend(lists, tokens, known)
         return lists
 
-    def _taken(self, tokens: list[int], known: Sequence[LogprobDict | None]) -> list[Any]:
+    def _extend(
+        self,
+        lists: dict[str, "_JsonList"],
+        tokens: Sequence[int],
+        known: Sequence[LogprobDict | None],
+    ) -> None:
+        """Entries are [logprob, token id, text or null]; `lists` are in the order of `_kinds`."""
+        for entries, of_kind in zip(lists.values(), (self._taken, self._best), strict=False):
+            entries.extend(of_kind(tokens, known))
+
+    def _taken(self, tokens: Sequence[int], known: Sequence[LogprobDict | None]) -> list[Any]:
         return [
             [None, token, None] if entries is None else self._entry(token, entries[token])
             for token, entries in zip(tokens, known, strict=True)
         ]
 
-    def _best(self, known: Sequence[LogprobDict | None]) -> list[Any]:
+    def _best(self, _: Sequence[int], known: Sequence[LogprobDict | None]) -> list[Any]:
         count = self._body.top_logprobs_num or 0
         return [
             entries and [self._entry(t, e) for t, e in entries.items() if e.rank <= count]
@@ -265,6 +283,20 @@ class Answer:
     def _entry(self, token: int, entry: Logprob) -> list[Any]:
         text = entry.decoded_token if self._body.return_text_in_logprobs else None
         return [finite(entry.logprob), token, text]
+
+
+class _JsonList:
+    """A JSON array that grows: each item is encoded once."""
+
+    def __init__(self) -> None:
+        self._items = b""
+
+    def extend(self, items: Iterable[Any]) -> None:
+        new = to_json(list(items))[1:-1]
+        self._items += b"," + new if self._items and new else new
+
+    def json(self) -> bytes:
+        return b"[%b]" % self._items
 
 
 def _finish_reason(request: Request) -> dict[str, Any]:

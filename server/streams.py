@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -30,7 +30,7 @@ class StreamedChoice(Protocol):
     scored: Request  # the one that computes what the choice shows of its prompt
     num_tokens: int  # output tokens in the parts so far
 
-    def chunks(self, output: StepOutput) -> list[dict[str, Any]]:
+    def chunks(self, output: StepOutput) -> Iterable[dict[str, Any]]:
         """What one engine step brought: `choices`, and what goes beside them."""
 
 

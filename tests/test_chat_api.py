@@ -57,6 +57,7 @@ def test_messages(messages: list[Any], served: Served) -> None:
 def test_stream(served: Served) -> None:
     body = {"n": 2, "logprobs": True, "return_token_ids": True, "ignore_eos": True}
     body |= {"max_tokens": 5, "stream_options": {"include_usage": True}}
+    body["stream_options"]["continuous_usage_stats"] = True
     whole = chat(served, **body | {"stream_options": None})
     *chunks, last = stream(served, **body)
     assert (last["choices"], last["usage"]) == ([], whole["usage"])
@@ -64,6 +65,8 @@ def test_stream(served: Served) -> None:
     for want in whole["choices"]:
         parts = [c for chunk in chunks for c in chunk["choices"] if c["index"] == want["index"]]
         assert parts[0]["delta"] == {"role": "assistant", "content": ""}
+        counts = [c["usage"]["completion_tokens"] for c in chunks if c["choices"] == [parts[0]]]
+        assert counts == [0], "the role comes before any token"
         assert len(parts) == 6, "the role, then one a step"
         assert "".join(p["delta"]["content"] for p in parts) == want["message"]["content"]
         assert [t for p in parts for t in p["token_ids"]] == want["token_ids"]

@@ -245,6 +245,30 @@ def test_refused_field(path: str, body: str, name: str, served: Served) -> None:
     assert_error(response, 400, param)
 
 
+FOREIGN = {
+    "/v1/completions": ["return_indexer_topk", "max_completion_tokens", "tools", "top_logprobs",
+                        "chat_template_kwargs", "messages", "max_new_tokens", "include_usage"],
+    "/v1/chat/completions": ["prompt", "echo", "suffix", "text", "logprob_token_ids"],
+    "/generate": ["max_new_tokens", "logprob_token_ids", "echo", "messages", "temperature",
+                  "sampling_params.max_tokens", "sampling_params.seed", "best_of"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("path", "name"), [(path, name) for path, names in FOREIGN.items() for name in names]
+)
+def test_fields_of_other_routes_are_refused(path: str, name: str, served: Served) -> None:
+    *parents, last = name.split(".")
+    for value, status in (({"x": 3}, 400), (None, 200), ([], 200)):
+        fields = {last: value}
+        body = (ROUTES | {"/generate": {"text": "a"}})[path]
+        body |= dict.fromkeys(parents, fields) if parents else fields
+        response = served.client.post(path, json=body | {"unheard_of": 1})
+        assert response.status_code == status, response.text
+        if status == 400:
+            assert_error(response, 400, name, "not supported")
+
+
 @BOTH_ROUTES
 @pytest.mark.parametrize(
     "content", [b"[" * 100_000, b'{"prompt": "\xff"}', b"null", b"", b'{"prompt":'], ids=repr

@@ -1,11 +1,13 @@
 """POST /generate beyond text: log-probabilities, several answers, scoring alone."""
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from minidsv import LLM, SamplingParams
+from minidsv.server.sglang import Answer, GenerateRequest, make_requests
 from served import OPTIONS, Served, assert_error, events, serving
 
 IDS = [0, 300, 17, 42, 1000]
@@ -61,6 +63,25 @@ def test_texts_are_left_out_unless_asked_for(served: Served) -> None:
     meta = served.generate(**body).json()["meta_info"]
     assert [text for _, _, text in meta["output_token_logprobs"]] == [None] * 4
     assert meta["input_token_logprobs"] == []
+
+
+def test_entries_are_encoded_once(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many events repeat them."""
+    body = GenerateRequest.model_validate(
+        {"input_ids": IDS, "sampling_params": GREEDY, "return_logprob": True}
+        | {"logprob_start_len": 0}
+    )
+    (request,) = make_requests(llm.engine, body, "r")
+    llm.engine.add(request)
+    answer, encoded = Answer(body, request, request), []
+    entry = Answer._entry
+    monkeypatch.setattr(Answer, "_entry", lambda *of: encoded.append(of) or entry(*of))
+    while llm.engine.has_work:
+        for output in llm.engine.step():
+            answer.add(output)
+            events = [json.loads(answer.json()) for _ in range(2)]
+    assert len(events[1]["meta_info"]["output_token_logprobs"]) == 4
+    assert len(encoded) == len(IDS) - 1 + 4
 
 
 def test_streamed_logprobs_grow(served: Served) -> None:

@@ -99,6 +99,9 @@ def test_prompt_forms(llm: LLM) -> None:
         ("x", {"max_tokens": 3, "min_tokens": 4}, ["min_tokens", "4", "3"]),
         ("x", {"ignore_eos": 1}, ["ignore_eos", "1"]),
         ("x", {"stop_token_ids": [-2]}, ["stop_token_ids", "-2"]),
+        ("x", {"stop_token_ids": [3] * 129}, ["stop_token_ids", "129", "128"]),
+        ("x", {"stop_token_ids": [10**6]}, ["stop_token_ids", "1000000 is not a token id"]),
+        ("x" * 10**6, {}, ["prompt", "1000000 characters"]),
     ],
 )
 def test_refusals(prompts: Any, params: dict[str, Any], words: list[str], llm: LLM) -> None:

@@ -180,6 +180,26 @@ def test_a_start_leaves_pages_for_the_running() -> None:
     assert (manager.num_free, scheduler.num_preemptions) == (3, 0)
 
 
+def test_others_pass_one_that_waits_for_a_prefix() -> None:
+    """It keeps its place; a shortage of pages still holds up everybody behind."""
+    scheduler = Scheduler(BlockManager(8), 8, 8192)
+    first, sibling, other = make(200, 1), make(200, 1), make(90, 1)
+    big, small = make(400, 1), make(10, 1)
+    for request, token in ((other, -1), (big, -2), (small, -3)):
+        request.prompt_token_ids[0] = token
+    for request in (first, sibling, other, big, small):
+        scheduler.add(request)
+    chunks = scheduler.schedule()
+    assert [c.request for c in chunks] == [first, other]
+    assert list(scheduler.waiting) == [sibling, big, small]
+    scheduler.advance(chunks)
+    scheduler.finish(first)
+    scheduler.finish(other)
+    (chunk,) = scheduler.schedule()
+    assert (chunk.request, chunk.start) == (sibling, 192)
+    assert list(scheduler.waiting) == [big, small]
+
+
 def test_prompt_logprobs_are_rationed() -> None:
     """Logits of a step stay bounded however long the prompt is."""
     scheduler = Scheduler(BlockManager(200), 8, 8192)

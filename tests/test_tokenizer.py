@@ -2,6 +2,8 @@
 
 import shutil
 from pathlib import Path
+from threading import Thread
+from time import sleep
 
 import pytest
 import tokenizers
@@ -32,6 +34,23 @@ def test_a_spelt_bos_is_the_only_one() -> None:
     assert TOKENIZER.encode("<bos>hi", add_special_tokens=False) == TOKENIZER.encode("hi")
     assert TOKENIZER.encode("<bos>") == TOKENIZER.encode("") == [0]
     assert TOKENIZER.encode("hi<bos>")[-1] == 0
+
+
+def test_a_text_that_cannot_fit_is_refused_unread() -> None:
+    longest = max(TOKENIZER.backend.get_vocab(), key=len).replace("Ġ", " ")
+    assert len(TOKENIZER.encode(longest * 3, add_special_tokens=False, most=3)) == 3
+    with pytest.raises(RequestError, match=rf"{3 * len(longest) + 1} characters .* 3 tokens"):
+        TOKENIZER.encode(longest * 3 + "x", most=3)
+
+
+def test_encoding_leaves_other_threads_running() -> None:
+    thread = Thread(target=TOKENIZER.encode, args=("some words " * 100_000,))
+    thread.start()
+    turns = 0
+    while thread.is_alive():
+        sleep(0.001)
+        turns += 1
+    assert turns > 20
 
 
 @given(st.text(max_size=20))
