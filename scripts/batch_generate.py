@@ -81,9 +81,7 @@ def batch_generate(
         Journal(errors, sync_lines, sync_seconds) as failures,
         stop.listening(),
     ):
-        files = [file.identity for file in (lines, results, failures) if file.identity]
-        if len(set(files)) < len(files):
-            raise BatchError("--input, --output and --errors are one file under several names")
+        _check_apart(lines, results, failures)
         if base_url is not None:
             server |= {"base_url": base_url, "api_key": api_key}
             backend, options, at_once = _http(engine, server)
@@ -136,6 +134,13 @@ def _errors_path(source: str, output: str, errors: str | None, summary: Path | N
     if len({Path(path).resolve() for path in paths}) < len(paths):
         raise BatchError("--input, --output, --errors and --summary must be different files")
     return errors
+
+
+def _check_apart(*files: Source | Journal) -> None:
+    """Refuse one file under several names: writing the one would destroy the other."""
+    known = [file.identity for file in files if file.identity]
+    if len(set(known)) < len(known):
+        raise BatchError("--input, --output and --errors are one file under several names")
 
 
 def _touch(summary: Path) -> None:

@@ -59,6 +59,18 @@ class Backend(Protocol):
     def close(self) -> None: ...
 
 
+@dataclass(frozen=True)
+class HTTPOptions:
+    """How to talk to a server."""
+
+    model: str | None = None  # None: the first that /v1/models names
+    api_key: str | None = None
+    chat: bool = False  # /v1/chat/completions instead of /v1/completions
+    concurrency: int = 16
+    retries: int = 4
+    timeout: float = 1800.0  # seconds for one request
+
+
 class EngineBackend:
     """An `LLM` in this process; all prompts are queued at once, the scheduler does the rest."""
 

@@ -21,8 +21,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from eval_backends import BackendError
-from eval_http import HTTPOptions
+from eval_backends import BackendError, HTTPOptions
 from eval_items import Item, ItemError, Protocol, bundled_problems, make_items, read_gpqa
 from eval_parity import LIMITS, Tier, compare, judge
 from eval_records import Record, RecordFile

@@ -6,13 +6,12 @@ import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
 import httpx
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError, model_validator
 
-from eval_backends import Ask, BackendError, OnReply, Reply, tail_logprob
+from eval_backends import Ask, BackendError, HTTPOptions, OnReply, Reply, tail_logprob
 
 RETRIED = {408, 409, 429}  # and everything from 500: a later try may succeed
 LONGEST_WAIT = 30.0  # seconds between two tries
@@ -54,18 +53,6 @@ class _Chat(BaseModel):
 
 
 Answer = TypeVar("Answer", _Completion, _Chat)
-
-
-@dataclass(frozen=True)
-class HTTPOptions:
-    """How to talk to a server."""
-
-    model: str | None = None  # None: the first that /v1/models names
-    api_key: str | None = None
-    chat: bool = False  # /v1/chat/completions instead of /v1/completions
-    concurrency: int = 16
-    retries: int = 4
-    timeout: float = 1800.0  # seconds for one request
 
 
 class HTTPBackend:

@@ -11,8 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from eval_backends import Backend, EngineBackend
-from eval_http import HTTPBackend, HTTPOptions
+from eval_backends import Backend, EngineBackend, HTTPOptions
 from eval_parity import Tier
 from minidsv.config import ModelConfig
 from minidsv.engine_config import EngineConfig, bundled_model, model_path
@@ -37,6 +36,8 @@ class Source:
 def read_conf(conf: str, options: HTTPOptions) -> Source:
     """Raises ConfigError, by name, for what cannot run here, and BackendError if no server is."""
     if conf.startswith(("http://", "https://")):
+        from eval_http import HTTPBackend
+
         server = HTTPBackend(conf, options)
         return Source(conf, None, server.describe(), lambda: server)
     if conf.partition("=")[0] == "transformers":

@@ -367,3 +367,19 @@ def test_progress_without_a_terminal(
         "left",
     )
     assert all((part in err) != quiet for part in parts)
+
+
+def test_a_file_under_two_names_is_not_destroyed(tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"prompt": "x"}\n')
+    (tmp_path / "hard.jsonl").hardlink_to(source)
+    other = tmp_path / "notes.txt"
+    other.write_text("dear diary\n")
+    for errors, words in ((tmp_path / "hard.jsonl", "several names"), (other, "no result line")):
+        args = ("--input", source, "--output", tmp_path / "out.jsonl", "--errors", errors)
+        command = [sys.executable, SCRIPT, *map(str, args)]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 2, result.stderr
+        assert words in result.stderr
+    assert source.read_text() == '{"prompt": "x"}\n'
+    assert other.read_text() == "dear diary\n"

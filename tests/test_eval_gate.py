@@ -11,7 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
-from eval_http import HTTPOptions
+from eval_backends import HTTPOptions
 from eval_items import Item, bundled_problems, make_items
 from eval_parity import LIMITS, Tier, Verdict, compare, judge
 from eval_records import Record, RecordFile

@@ -19,9 +19,9 @@ import eval_parity
 import eval_records
 import eval_scoring
 import eval_sources
-from eval_backends import Ask, Reply
+from eval_backends import Ask, HTTPOptions, Reply
 from eval_gpqa import app
-from eval_http import HTTPBackend, HTTPOptions
+from eval_http import HTTPBackend
 from eval_run import Settings, run, summarise
 from minidsv.engine_config import bundled_model
 from minidsv.errors import ConfigError
