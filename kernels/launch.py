@@ -7,6 +7,7 @@ to anything that changes during a replay, `pdl_end` after the last.
 """
 
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import triton
@@ -45,6 +46,11 @@ class Row:
         types = [t for t in self.arguments.values() if isinstance(t, str) and t[0] == "*"]
         return tuple(t[1:].removesuffix(":16") for t in types)
 
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """The pointees without the indices'."""
+        return tuple(t for t in self.pointees if not t.startswith("i"))
+
 
 @dataclass(frozen=True)
 class KernelSpec:
@@ -59,6 +65,14 @@ class KernelSpec:
     @property
     def name(self) -> str:
         return self.kernel.__name__.strip("_")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle: the kernel by its name, as pickle takes functions."""
+        return vars(self) | {"kernel": (self.kernel.__module__, self.kernel.__name__)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        module, name = state["kernel"]
+        self.__dict__.update(state | {"kernel": getattr(import_module(module), name)})
 
     def compile_options(self, num_warps: int, num_stages: int, mode: PdlMode) -> dict[str, Any]:
         """Options of a launch, and of the same row's ahead-of-time compilation."""

@@ -1,6 +1,7 @@
 """The PDL checker: clean kernels pass, planted violations are named, registered kernels hold."""
 
-import subprocess
+import os
+import re
 import sys
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import triton
 
 import planted
 from minidsv.kernels import ptx, sass
-from minidsv.kernels.check import SPECS, Case, build, cases, check, check_ptx, check_sass, prove
+from minidsv.kernels.check import SPECS, Case, build, cases, check, main, prove
+from minidsv.kernels.contract import check_ptx, check_sass
 from minidsv.kernels.pdl import is_arch_support_pdl
 
 KERNELS = Path(sys.modules["minidsv.kernels.check"].__file__).parent
@@ -151,10 +153,13 @@ def test_registered_kernels_are_proved(spec) -> None:
     assert targets == ({90, 100, 80} if spec.min_capability <= 80 else {90, 100})
 
 
-def test_report_and_verdict(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_report_and_verdict(capsys: pytest.CaptureFixture[str], jobs: int) -> None:
     """A kernel without a wait fails in each mode with PDL, and holds without."""
-    assert not prove([planted.spec(planted.no_wait)])
+    assert not prove([planted.spec(planted.no_wait)], jobs=jobs)
     out = capsys.readouterr().out
+    order = ["prefetch", "off", "seed", "on", "prefetch", "off"]
+    assert re.findall(r"sm_\d+ (\w+):", out) == order
     assert "FAILED no_wait[0] (fp32 fp32 fp32) sm_90 prefetch: 3 global accesses" in out
     assert "\n    PTX 0 waits, want one\n" in out
     assert "1 kernels, 0 rows proved (2 binaries), 4 binaries failed" in out
@@ -176,12 +181,18 @@ def test_is_arch_support_pdl(capability: tuple[int, int] | None, supported: bool
     assert is_arch_support_pdl(capability) is supported
 
 
-def test_command_refuses_the_interpreter() -> None:
-    run = subprocess.run(
-        [sys.executable, "-m", "minidsv.kernels.check", "--one-row"],
-        env={"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 2
-    assert "TRITON_INTERPRET=1" in run.stderr
+@pytest.mark.parametrize(
+    ("arguments", "environment", "message"),
+    [
+        ([], {"TRITON_INTERPRET": "1"}, "TRITON_INTERPRET=1"),
+        (["--jobs", "0"], {}, "--jobs: 0 is less than 1"),
+        (["--kernel", "gemv"], {}, f"--kernel: gemv not known; accepted: {SPECS[0].name}, "),
+    ],
+)
+def test_the_command_refuses(arguments, environment, message, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["check", *arguments])
+    monkeypatch.setattr(os, "environ", os.environ | environment)
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
