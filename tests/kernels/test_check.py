@@ -12,7 +12,7 @@ import planted
 from minidsv.kernels import ptx, sass
 from minidsv.kernels.check import SPECS, Case, build, cases, check, main, prove
 from minidsv.kernels.contract import check_ptx, check_sass
-from minidsv.kernels.pdl import is_arch_support_pdl
+from minidsv.kernels.pdl import PDL_MODES, is_arch_support_pdl
 
 KERNELS = Path(sys.modules["minidsv.kernels.check"].__file__).parent
 
@@ -143,14 +143,22 @@ def test_what_cannot_be_followed_is_refused() -> None:
         sass.parse("        /*0000*/    ??? ;")
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
-def test_registered_kernels_are_proved(spec) -> None:
+def test_registered_kernels_are_proved() -> None:
     """One row in full and its other modes and targets; `minidsv.kernels.check` does them all."""
-    targets = set()
-    for case in cases(spec, one_row=True):
-        assert not (proof := check(case)).violations, proof
-        targets.add(case.capability)
-    assert targets == ({90, 100, 80} if spec.min_capability <= 80 else {90, 100})
+    assert prove(SPECS, one_row=True, jobs=os.cpu_count() or 1)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_what_is_compiled(spec) -> None:
+    """Every row with PDL for sm_90; a row in every mode, for sm_100 and, without e4m3, sm_80."""
+    todo = list(cases(spec))
+    assert {c.row_name for c in todo if c[2:] == (90, "prefetch")} == {
+        f"{spec.name}[{i}]" for i in range(len(spec.rows))
+    }
+    first = {c[2:] for c in cases(spec, one_row=True)}
+    assert first == {c[2:] for c in todo}
+    assert first - {(80, "off")} == {(100, "prefetch"), *((90, mode) for mode in PDL_MODES)}
+    assert ((80, "off") in first) == (spec.min_capability <= 80)
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
