@@ -15,7 +15,7 @@ from torch import Tensor
 
 from minidsv.batch import StepBatch
 from minidsv.config import ModelConfig
-from minidsv.kernels.gemm import gate_gemm
+from minidsv.kernels.gemm import linear
 from minidsv.kernels.index_cache import rotate_quantize, set_index_k_buffer
 from minidsv.kernels.indexer_logits import paged_index_logits
 from minidsv.kernels.norm import layer_norm
@@ -55,7 +55,8 @@ class Indexer:
         c = self.config
         q = self.wq_b(qr).unflatten(-1, (c.index_n_heads, c.index_head_dim))
         q = self._rope_first(q, rope)
-        gate = gate_gemm(x, self.weights_proj) * c.index_n_heads**-0.5
+        gate = linear(x, self.weights_proj, out_dtype=torch.float32)
+        gate = gate * c.index_n_heads**-0.5
         if self.cache.dtype == torch.uint8:
             q, q_scale = rotate_quantize(q)
             gate = apply_q_scale_and_softmax_scale(gate, q_scale, c.index_head_dim**-0.5)

@@ -8,12 +8,12 @@ W_UK and W_UV are the two halves of each head's rows of kv_b_proj. RoPE is inter
 families. DeepSeek-V2 report (arXiv 2405.04434), section 2.1; model-spec 2.
 """
 
-import torch
 from torch import Tensor
 
 from minidsv.batch import StepBatch
 from minidsv.config import ModelConfig
 from minidsv.indexer import Indexer
+from minidsv.kernels.absorb import absorb_q, absorb_v
 from minidsv.kernels.rope import apply_rope
 from minidsv.kernels.set_mla_kv_buffer import set_mla_kv_buffer, set_mla_kv_buffer_fp8_quant
 from minidsv.kernels.sparse_mla import sparse_mla
@@ -63,10 +63,9 @@ class MLA:
         q = self.q_b_proj(qr).unflatten(-1, (c.num_attention_heads, c.qk_head_dim))
         q_nope, q_pe = q.split((c.qk_nope_head_dim, c.qk_rope_head_dim), -1)
         q_pe = apply_rope(q_pe, *rope, interleaved=True)
-        q_latent = torch.einsum("thn,hnc->thc", q_nope, self.w_uk)
+        q_latent = absorb_q(q_nope, self.w_uk)
         latent = sparse_mla(q_latent, q_pe, self.kv_buffer, topk_indices, c.attention_scale)
-        out = torch.einsum("thc,hvc->thv", latent, self.w_uv)
-        return self.o_proj(out.flatten(1)), topk_indices
+        return self.o_proj(absorb_v(latent, self.w_uv)), topk_indices
 
     def _write_latent(self, x: Tensor, step: StepBatch, rope: tuple[Tensor, Tensor]) -> None:
         c = self.config

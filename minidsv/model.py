@@ -7,7 +7,7 @@ from torch import Tensor
 from minidsv.batch import StepBatch
 from minidsv.checkpoint import Weight
 from minidsv.config import ModelConfig
-from minidsv.kernels.gemm import gate_gemm
+from minidsv.kernels.gemm import linear
 from minidsv.kernels.norm import add_rms_norm
 from minidsv.kernels.topk import all_slots
 from minidsv.kv_cache import KVCache
@@ -61,4 +61,4 @@ class DeepseekV32:
             out = layer.mlp(x)
         rows = step.logits_index
         hidden, _ = add_rms_norm(out[rows], residual[rows], self.norm, eps)
-        return hidden, gate_gemm(hidden, self.lm_head)
+        return hidden, linear(hidden, self.lm_head, out_dtype=torch.float32)

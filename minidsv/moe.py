@@ -1,9 +1,10 @@
 """The mixture of experts: routed + shared, summed in fp32 and rounded once."""
 
+import torch
 from torch import Tensor
 
 from minidsv.config import ModelConfig
-from minidsv.kernels.gemm import gate_gemm
+from minidsv.kernels.gemm import linear
 from minidsv.kernels.moe import routed_experts
 from minidsv.kernels.router import grouped_topk
 from minidsv.layers import LayerWeights
@@ -24,7 +25,7 @@ class MoE:
         """x [T, hidden] -> [T, hidden]."""
         c = self.config
         weights, ids = grouped_topk(
-            gate_gemm(x, self.gate),
+            linear(x, self.gate, out_dtype=torch.float32),
             self.gate_bias,
             top_k=c.num_experts_per_tok,
             n_group=c.n_group,
