@@ -17,14 +17,13 @@ from minidsv.batch import StepBatch
 from minidsv.config import ModelConfig
 from minidsv.kernels.gemm import linear
 from minidsv.kernels.index_cache import rotate_quantize, set_index_k_buffer
-from minidsv.kernels.indexer_logits import paged_index_logits
+from minidsv.kernels.indexer_logits import chunk_rows, paged_index_logits
 from minidsv.kernels.norm import layer_norm
 from minidsv.kernels.rope import apply_rope
-from minidsv.kernels.topk import positions_to_slots, topk_positions
+from minidsv.kernels.topk import select_topk
 from minidsv.layers import LayerWeights
 
 K_NORM_EPS = 1e-6  # a LayerNorm's, whatever rms_norm_eps is
-_CHUNK_ELEMENTS = 1 << 20  # scores of all heads held at a time: 4 MiB of fp32
 
 
 def apply_q_scale_and_softmax_scale(
@@ -62,21 +61,23 @@ class Indexer:
             gate = apply_q_scale_and_softmax_scale(gate, q_scale, c.index_head_dim**-0.5)
         else:
             gate = gate * c.index_head_dim**-0.5
-        rows = max(1, _CHUNK_ELEMENTS // (c.index_n_heads * step.max_seq_len))
+        rows = chunk_rows(q, step.max_seq_len)
         chunks = [
-            self._select_rows(q[i : i + rows].float(), gate[i : i + rows], step, slice(i, i + rows))
+            self._select_rows(q[i : i + rows], gate[i : i + rows], step, slice(i, i + rows))
             for i in range(0, q.shape[0], rows)
         ]
-        topk_indices = torch.cat(chunks)
+        topk_indices = torch.cat(chunks) if len(chunks) > 1 else chunks[0]
         if step.selections is not None:
             step.selections.record(topk_indices)
         return topk_indices
 
     def _select_rows(self, q: Tensor, gate: Tensor, step: StepBatch, rows: slice) -> Tensor:
         seq_lens, request_index = step.seq_lens[rows], step.request_index[rows]
-        logits = paged_index_logits(q, gate, self.cache, step.block_table, seq_lens, request_index)
-        positions = topk_positions(logits, seq_lens, self.config.index_topk)
-        return positions_to_slots(positions, step.block_table, request_index)
+        logits = paged_index_logits(
+            q, gate, self.cache, step.block_table, seq_lens, request_index, step.max_seq_len
+        )
+        k = self.config.index_topk
+        return select_topk(logits, seq_lens, k, step.block_table, request_index)
 
     def _rope_first(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         c = self.config

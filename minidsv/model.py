@@ -50,7 +50,7 @@ class DeepseekV32:
         rope = self.rope.at(step.positions)
         dense = None  # every visible slot, when there is nothing to choose
         if step.max_seq_len <= self.config.index_topk:
-            dense = all_slots(step.seq_lens, step.block_table, step.request_index)
+            dense = all_slots(step.seq_lens, step.block_table, step.request_index, step.max_seq_len)
         topk_indices = None  # the slots that the last full layer selected
         residual = F.embedding(step.input_ids, self.embed_tokens)
         out = torch.zeros_like(residual)
