@@ -12,14 +12,13 @@ from minidsv.layers import LayerWeights
 class MoE:
     """One layer's router, routed experts and shared expert."""
 
-    def __init__(self, config: ModelConfig, weights: LayerWeights, pdl: PdlMode | None = None):
-        self.config = config
-        self.pdl = pdl
+    def __init__(self, config: ModelConfig, weights: LayerWeights, pdl: PdlMode | None):
+        self.config, self.pdl = config, pdl
         self.gate = weights["mlp.gate"].data
         self.gate_bias = weights["mlp.gate_bias"].data
         self.gate_up = weights["mlp.experts.gate_up_proj"]
         self.down = weights["mlp.experts.down_proj"]
-        self.shared = weights.mlp("mlp.shared_experts")
+        self.shared = weights.mlp("mlp.shared_experts", pdl)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, hidden] -> [T, hidden]."""
