@@ -15,6 +15,7 @@ from minidsv.errors import ConfigError
 from minidsv.kernels.constants import PAGE_SIZE
 from minidsv.kv_cache import KVCache, bytes_per_token
 from minidsv.logprobs import LogitRows, RowLogprobs
+from minidsv.layers import Operators
 from minidsv.model import DeepseekV32
 from minidsv.request import IndexerTopk, Request
 from minidsv.resolve import free_memory
@@ -67,7 +68,7 @@ class ModelRunner:
             raise ConfigError(
                 f"num_pages: {self.num_pages} pages of {self.page_bytes} bytes do not fit in memory"
             ) from None
-        self.model = DeepseekV32(model_config, weights, self.cache)
+        self.model = DeepseekV32(model_config, weights, self.cache, operators(config))
 
     def describe(self) -> str:
         """One line: what runs where, in which types, and what it takes."""

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from builders import with_config
-from minidsv import indexer, mla
+from minidsv import mla
 from minidsv.batch import StepBatch
 from minidsv.engine_config import bundled_model
-from minidsv.kernels import indexer_logits
+from minidsv.kernels import indexer_logits, topk
 from minidsv.kernels.constants import PAGE_SIZE
 from minidsv.kernels.index_cache import read_index_k_buffer
 from minidsv.kernels.set_mla_kv_buffer import set_mla_kv_buffer_fp8_quant
@@ -126,7 +126,7 @@ MUTANTS = (
 
 def _with_rule(rule: Rule) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(indexer, "topk_positions", rule)
+        patch.setattr(topk, "topk_positions", rule)
         yield bundled_model()
 
 
