@@ -80,24 +80,26 @@ class MLA:
         )
         qr = rms_norm(qr, self.q_a_gain, c.latent_norm_eps, pdl)
         q, *index_q = fused_linear(qr, [self.q_b_proj, *([scorer.wq_b] if scorer else [])], pdl)
-        if index_k is not None:
+        if indexer is not None and index_k is not None:
             indexer.write_keys(index_k, step, rope)
-        if scorer is not None:
+        if scorer is not None and gate is not None:
             topk_indices = scorer.select(index_q[0], gate, step, rope)
         elif indexer is not None:
             topk_indices = dense
         assert topk_indices is not None, "the first layer owns an indexer"
         q_latent, q_pe = self._absorb_and_write(q, latent, step, rope)
         scale = c.attention_scale
-        latent = sparse_mla(q_latent, q_pe, self.kv_buffer, topk_indices, scale, pdl=pdl)
-        out = absorb_v(latent.to(x.dtype), self.w_uv, pdl)
+        latent = sparse_mla(
+            q_latent, q_pe, self.kv_buffer, topk_indices, scale, out_dtype=x.dtype, pdl=pdl
+        )
+        out = absorb_v(latent, self.w_uv, pdl)
         return fused_linear(out, [self.o_proj], pdl)[0], topk_indices
 
     def _absorb_and_write(
         self, q: Tensor, latent: Tensor, step: StepBatch, rope: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """q [T, H * (n + r)], [ckv | k_pe] [T, C + r] -> q_latent [T, H, C], rotated q_pe [T, H, r];
-        the cache rows are written."""
+        """q [T, H * (n + r)] -> q_latent [T, H, C], rotated q_pe [T, H, r]; writes the cache rows of
+        latent [T, C + r]."""
         c, pdl = self.config, self.operators.pdl
         q_nope, q_pe = q.unflatten(-1, (c.num_attention_heads, c.qk_head_dim)).split(
             (c.qk_nope_head_dim, c.qk_rope_head_dim), -1

@@ -73,7 +73,7 @@ class DeepseekV32:
             )
         topk_indices = None  # the slots that the last full layer selected
         residual = embedding(step.input_ids, self.embed_tokens, pdl)
-        out = None
+        out: Tensor | None = None
         for layer in self.layers:
             if out is None:
                 x = rms_norm(residual, layer.input_gain, eps, pdl)
@@ -82,6 +82,7 @@ class DeepseekV32:
             out, topk_indices = layer.attention(x, step, rope, topk_indices, dense)
             x, residual = add_rms_norm(out, residual, layer.post_attention_gain, eps, pdl)
             out = layer.mlp(x)
+        assert out is not None, "num_hidden_layers is at least 1"
         rows = step.logits_index
         out, residual = embedding(rows, out, pdl), embedding(rows, residual, pdl)
         hidden, _ = add_rms_norm(out, residual, self.norm, eps, pdl)

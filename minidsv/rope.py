@@ -32,7 +32,9 @@ def inv_freq(rope: RopeConfig, dim: int) -> Tensor:
 class Rope:
     """cos and sin of a model's positions, computed a step at a time: no table of a long context."""
 
-    def __init__(self, rope: RopeConfig, dim: int, device: torch.device, pdl: PdlMode | None = None):
+    def __init__(
+        self, rope: RopeConfig, dim: int, device: torch.device, pdl: PdlMode | None = None
+    ):
         self._inv_freq = inv_freq(rope, dim).to(device)
         self._scale, self._pdl = rope.cos_sin_scale, pdl
 
