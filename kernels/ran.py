@@ -26,15 +26,15 @@ class Ran:
     def findings(self) -> list[str]:
         found = list(self.proof.violations)
         if self.ahead is None:
-            found.append(f"no row: {_nearest(self.proof.case.spec, self.proof.case.row)}")
+            found.append(f"no row: {nearest(self.proof.case.spec, self.proof.case.row)}")
         elif self.ahead != self.proof.digest:
             found.append(f"its row gives cubin {self.ahead}")
         return found
 
 
-def row_of(compiled: Any) -> Row:
-    """The row from which a CompiledKernel was made."""
-    source, arguments = compiled.src, {}
+def row_of(source: Any, num_warps: int, num_stages: int) -> Row:
+    """The row that stands for a triton ASTSource."""
+    arguments = {}
     for index, (name, kind) in enumerate(source.signature.items()):
         if kind == "constexpr":
             arguments[name] = source.constants[(index,)]
@@ -42,14 +42,16 @@ def row_of(compiled: Any) -> Row:
             divisible = DIVISIBLE in source.attrs.get((index,), [])
             arguments[name] = f"{kind}:16" if divisible else kind
     del arguments["PDL"]
-    return Row(arguments, compiled.metadata.num_warps, compiled.metadata.num_stages)
+    return Row(arguments, num_warps, num_stages)
 
 
 def check_ran(launches: Iterable[Launch], jobs: int = 1) -> list[Ran]:
     """Examine what ran and compile the same rows, where there are such, in `jobs` processes."""
     proofs = []
     for spec, mode, compiled in launches:
-        case = Case(spec, row_of(compiled), compiled.metadata.target.arch, mode)
+        metadata = compiled.metadata
+        row = row_of(compiled.src, metadata.num_warps, metadata.num_stages)
+        case = Case(spec, row, metadata.target.arch, mode)
         proofs.append(examine(case, Binary.of(compiled)))
     listed = [p.case for p in proofs if p.case.row in p.case.spec.rows]
     ahead = {str(p.case): p.digest for p in check_all(listed, jobs)}
@@ -65,7 +67,7 @@ def report_ran(ran: list[Ran]) -> str:
     return "\n".join([*lines, f"{total}, {len(bad)} others"])
 
 
-def _nearest(spec: KernelSpec, row: Row) -> str:
+def nearest(spec: KernelSpec, row: Row) -> str:
     """How `row` differs from the row of `spec` that is most like it."""
     have = _flat(row)
     differing = [
