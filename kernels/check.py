@@ -22,7 +22,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -48,7 +48,8 @@ class Case(NamedTuple):
 
     @property
     def row_name(self) -> str:
-        return f"{self.spec.name}[{self.spec.rows.index(self.row)}]"
+        rows = self.spec.rows
+        return f"{self.spec.name}[{rows.index(self.row) if self.row in rows else '-'}]"
 
     def __str__(self) -> str:
         types = " ".join(self.row.pointees)
@@ -60,6 +61,12 @@ class Binary(NamedTuple):
     cubin: bytes
     shared: int  # bytes
     has_attribute: bool  # launch_pdl
+
+    @classmethod
+    def of(cls, compiled: Any) -> "Binary":
+        """Of triton's CompiledKernel."""
+        asm, metadata = compiled.asm, compiled.metadata
+        return cls(asm["ptx"], asm["cubin"], metadata.shared, metadata.launch_pdl)
 
 
 @dataclass(frozen=True)
@@ -88,12 +95,11 @@ def cases(spec: KernelSpec, one_row: bool = False) -> Iterator[Case]:
             yield Case(spec, row, 80, "off")
 
 
-def build(case: Case) -> Binary:
-    """Compile ahead of time, with the options of the launch."""
-    spec, row, capability, mode = case
+def ahead_of_time(kernel: Any, row: Row, mode: PdlMode) -> ASTSource:
+    """What a launch of this row makes the compiler see."""
     arguments = row.arguments | {"PDL": mode}
     signature, constants, attributes = {}, {}, {}
-    for index, name in enumerate(spec.kernel.arg_names):
+    for index, name in enumerate(kernel.arg_names):
         value = arguments[name]
         if not isinstance(value, str) or name == "PDL":
             signature[name], constants[(index,)] = "constexpr", value
@@ -101,13 +107,18 @@ def build(case: Case) -> Binary:
         signature[name], _, divisible = value.partition(":")
         if divisible:
             attributes[(index,)] = [["tt.divisibility", int(divisible)]]
+    return ASTSource(kernel, signature, constants, attributes)
+
+
+def build(case: Case) -> Binary:
+    """Compile ahead of time, with the options of the launch."""
+    spec, row, capability, mode = case
     compiled = triton.compile(
-        ASTSource(spec.kernel, signature, constants, attributes),
+        ahead_of_time(spec.kernel, row, mode),
         target=GPUTarget("cuda", capability, 32),
         options=spec.compile_options(row.num_warps, row.num_stages, mode),
     )
-    metadata = compiled.metadata
-    return Binary(compiled.asm["ptx"], compiled.asm["cubin"], metadata.shared, metadata.launch_pdl)
+    return Binary.of(compiled)
 
 
 def parameter_names(case: Case, kernel: ptx.PtxKernel) -> dict[str, str]:
@@ -121,8 +132,12 @@ def parameter_names(case: Case, kernel: ptx.PtxKernel) -> dict[str, str]:
 
 
 def check(case: Case) -> Proof:
-    """Compile one case and look for everything that the module's docstring names."""
-    binary = build(case)
+    """Compile one case and examine it."""
+    return examine(case, build(case))
+
+
+def examine(case: Case, binary: Binary) -> Proof:
+    """Look for everything that the module's docstring names."""
     kernel = ptx.parse(binary.ptx)
     listing = sass.parse(sass.disassemble(binary.cubin))
     before = [i for i in kernel.listing.before(ptx.is_wait) if ptx.is_global_access(i)]
@@ -164,7 +179,7 @@ def report(proof: Proof) -> str:
     return "\n".join([line, *(f"    {text}" for text in proof.violations)])
 
 
-def _proofs(todo: Sequence[Case], jobs: int) -> Iterator[Proof]:
+def check_all(todo: Sequence[Case], jobs: int) -> Iterator[Proof]:
     """Proofs in the order of `todo`, made here (one job) or by worker processes."""
     if jobs == 1:
         yield from map(check, todo)
@@ -176,7 +191,7 @@ def _proofs(todo: Sequence[Case], jobs: int) -> Iterator[Proof]:
 def prove(specs: Sequence[KernelSpec], one_row: bool = False, jobs: int = 1) -> bool:
     """Check and print every case, then the sum; whether all held."""
     proofs = []
-    for proof in _proofs([case for spec in specs for case in cases(spec, one_row)], jobs):
+    for proof in check_all([case for spec in specs for case in cases(spec, one_row)], jobs):
         proofs.append(proof)
         print(report(proof), flush=True)
     failed = [p for p in proofs if p.violations]

@@ -6,9 +6,12 @@ the same options. In the kernel, `pdl_begin` stands in straight-line code before
 to anything that changes during a replay, `pdl_end` after the last.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -90,4 +93,28 @@ class KernelSpec:
         """Run the kernel on `args`, unless the grid is empty; `mode` is `pdl.triton_mode`'s."""
         if 0 not in grid:
             options = self.compile_options(num_warps, num_stages, mode)
-            self.kernel[grid](**args, PDL=mode, **options)
+            compiled = self.kernel[grid](**args, PDL=mode, **options)
+            if (record := _RECORD.get()) is not None:
+                record[compiled.hash] = Launch(self, mode, compiled)
+
+
+class Launch(NamedTuple):
+    """A binary that was started."""
+
+    spec: KernelSpec
+    mode: PdlMode
+    compiled: Any  # triton's CompiledKernel
+
+
+_RECORD: ContextVar[dict[str, Launch] | None] = ContextVar("_RECORD", default=None)
+
+
+@contextmanager
+def recorded_launches() -> Iterator[dict[str, Launch]]:
+    """Every binary that this thread starts meanwhile, once each, by Triton's hash."""
+    record: dict[str, Launch] = {}
+    token = _RECORD.set(record)
+    try:
+        yield record
+    finally:
+        _RECORD.reset(token)

@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import planted
 from minidsv.kernels import ptx, sass
 from minidsv.kernels.check import SPECS, Case, build, cases, check, main, prove
 from minidsv.kernels.contract import check_ptx, check_sass
+from minidsv.kernels.launch import KernelSpec
 from minidsv.kernels.pdl import PDL_MODES, is_arch_support_pdl
 
 KERNELS = Path(sys.modules["minidsv.kernels.check"].__file__).parent
@@ -171,6 +173,19 @@ def test_report_and_verdict(capsys: pytest.CaptureFixture[str], jobs: int) -> No
     assert "FAILED no_wait[0] (fp32 fp32 fp32) sm_90 prefetch: 3 global accesses" in out
     assert "\n    PTX 0 waits, want one\n" in out
     assert "1 kernels, 0 rows proved (2 binaries), 4 binaries failed" in out
+
+
+def test_every_kernel_is_registered() -> None:
+    """Whatever waits, and whatever is launched: nothing starts unproved."""
+    found = set()
+    for path in KERNELS.glob("*_triton.py"):
+        for value in vars(import_module(f"minidsv.kernels.{path.stem}")).values():
+            if isinstance(value, KernelSpec):
+                found.add(value.kernel.__name__)
+            elif isinstance(value, triton.JITFunction) and "  pdl_begin(" in value.src:
+                found.add(value.__name__)
+    assert found == {spec.kernel.__name__ for spec in SPECS}
+    assert len({spec.name for spec in SPECS}) == len(SPECS)
 
 
 def test_the_attribute_is_set_in_one_place() -> None:
