@@ -118,7 +118,9 @@ def swiglu_mlp(
     mode = triton_mode(x, pdl)
     if mode is None:
         return swiglu_mlp_ref(x, gate_up, gate_up_scale, down, down_scale)
-    raise NotImplementedError(f"swiglu_mlp in mode {mode}")
+    from minidsv.kernels.moe_triton import Weights, mlp_triton
+
+    return mlp_triton(x, Weights(gate_up, gate_up_scale, down, down_scale), mode)
 
 
 def moe_experts(
@@ -148,22 +150,16 @@ def moe_experts(
     assert (shared_gate_up is None) == (shared_down is None), "half of a shared expert"
     if shared_gate_up is not None and shared_down is not None:
         _assert_mlp(x, shared_gate_up, shared_gate_up_scale, shared_down, shared_down_scale)
+        assert shared_down.dtype == down.dtype, f"shared {shared_down.dtype}, routed {down.dtype}"
+    stack = (gate_up, gate_up_scale, down, down_scale)
+    shared = (shared_gate_up, shared_gate_up_scale, shared_down, shared_down_scale)
     mode = triton_mode(x, pdl)
     if mode is None:
-        return moe_experts_ref(
-            x,
-            weights,
-            ids,
-            gate_up,
-            gate_up_scale,
-            down,
-            down_scale,
-            shared_gate_up,
-            shared_gate_up_scale,
-            shared_down,
-            shared_down_scale,
-        )
-    raise NotImplementedError(f"moe_experts in mode {mode}")
+        return moe_experts_ref(x, weights, ids, *stack, *shared)
+    from minidsv.kernels.moe_triton import Weights, moe_triton
+
+    experts = None if shared_gate_up is None else Weights(*shared)
+    return moe_triton(x, weights, ids, Weights(*stack), experts, mode)
 
 
 def swiglu_mlp_cost(tokens: int, hidden: int, inner: int, weight_bytes: int = 1) -> tuple[int, int]:

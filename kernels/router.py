@@ -40,7 +40,9 @@ def router_gemm(
     mode = triton_mode(x, pdl)
     if mode is None:
         return router_gemm_ref(x, weight, out_dtype)
-    raise NotImplementedError(f"router_gemm in mode {mode}")
+    from minidsv.kernels.router_triton import multiply
+
+    return multiply(x, weight, out_dtype, mode)
 
 
 def router_gemm_cost(tokens: int, hidden: int, experts: int, out_bytes: int = 4) -> tuple[int, int]:
@@ -99,11 +101,12 @@ def grouped_topk(
     assert top_k <= allowed, f"top_k {top_k} of {allowed} experts in {topk_group} groups"
     assert n_group == 1 or experts // n_group >= 2, f"n_group {n_group}: groups of one expert"
     mode = triton_mode(logits, pdl)
+    options = (top_k, n_group, topk_group, norm_topk_prob, routed_scaling_factor)
     if mode is None:
-        return grouped_topk_ref(
-            logits, bias, top_k, n_group, topk_group, norm_topk_prob, routed_scaling_factor
-        )
-    raise NotImplementedError(f"grouped_topk in mode {mode}")
+        return grouped_topk_ref(logits, bias, *options)
+    from minidsv.kernels.router_triton import select
+
+    return select(logits, bias, *options, mode)
 
 
 def grouped_topk_cost(tokens: int, experts: int, top_k: int) -> tuple[int, int]:
