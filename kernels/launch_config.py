@@ -4,6 +4,7 @@ Each family's `tiles_*.py` maps an op's name to a rule over frozen tables; nothi
 time, so an op's summation order depends on its shapes alone. No torch, no triton in here.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,9 +22,16 @@ class Tile:
 
 
 Rule = Callable[[int, tuple[int, ...]], Tile]  # (m, dims) -> tile
-RULES: dict[str, Rule] = {}
+
+
+@functools.cache
+def rules() -> dict[str, Rule]:
+    """Every op's rule; the families' tables import `Tile` from here."""
+    from minidsv.kernels import tiles_small
+
+    return {**tiles_small.TILES}
 
 
 def launch_config(op: str, m: int, dims: tuple[int, ...]) -> Tile:
     """How `op` runs on m tokens and weights or caches of `dims`; KeyError for an unknown op."""
-    return RULES[op](m, dims)
+    return rules()[op](m, dims)

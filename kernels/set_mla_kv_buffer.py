@@ -55,9 +55,7 @@ def set_mla_kv_buffer_fp8_quant_ref(
     kv_buffer.view(torch.uint8)[loc.long()] = bytes_
 
 
-def assert_rows(
-    kv_buffer: Tensor, loc: Tensor, k_nope: Tensor, k_rope: Tensor, width: int
-) -> None:
+def assert_rows(kv_buffer: Tensor, loc: Tensor, k_nope: Tensor, k_rope: Tensor, width: int) -> None:
     """loc [T], k_nope [T, C], k_rope [T, r] of one dtype, rows of `width` in the buffer."""
     assert loc.dim() == 1, f"loc {tuple(loc.shape)} is not [T]"
     assert loc.dtype in (torch.int32, torch.int64), f"loc {loc.dtype} is not int32 or int64"
