@@ -37,7 +37,7 @@ def apply_rope_ref(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Te
 def assert_angles(x: Tensor, cos: Tensor, sin: Tensor, rope_dim: int) -> None:
     """cos and sin must be fp32 [T, rope_dim / 2], contiguous; x [T, ...]."""
     for name, table in (("cos", cos), ("sin", sin)):
-        assert 2 * table.shape[-1] == rope_dim and table.shape == (len(x), rope_dim // 2), (
+        assert (*table.shape[:-1], 2 * table.shape[-1]) == (len(x), rope_dim), (
             f"{name} {tuple(table.shape)} is not [{len(x)}, {rope_dim} / 2]"
         )
         assert table.dtype == torch.float32, f"{name} {table.dtype} is not fp32"

@@ -218,7 +218,7 @@ def chain(d: Dims, m: int) -> Iterator[Case]:
 
     def build(seed: int) -> Run:
         runs = [case.build(seed) for case in parts]
-        return lambda pdl: [run(pdl) for run in runs][0]
+        return lambda pdl: [run(pdl) for run in runs][-1]
 
     cost = (sum(case.cost[0] for case in parts), sum(case.cost[1] for case in parts))
     yield Case(f"chain of {len(parts)} launches", f"M={m}", cost, build)
