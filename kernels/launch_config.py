@@ -4,24 +4,10 @@ Each family's `tiles_*.py` maps an op's name to a rule over frozen tables; nothi
 time, so an op's summation order depends on its shapes alone. No torch, no triton in here.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from minidsv.kernels import tiles_moe, tiles_small
+from minidsv.kernels.tile import Rule, Tile
 
-
-@dataclass(frozen=True)
-class Tile:
-    """One program's share of an op; a kernel reads the fields it has a use for."""
-
-    block_m: int = 1
-    block_n: int = 1
-    block_k: int = 1
-    split: int = 1  # programs that share one output and are summed in a fixed order
-    num_warps: int = 4
-    num_stages: int = 3
-
-
-Rule = Callable[[int, tuple[int, ...]], Tile]  # (m, dims) -> tile
-RULES: dict[str, Rule] = {}
+RULES: dict[str, Rule] = {**tiles_moe.TILES, **tiles_small.TILES}
 
 
 def launch_config(op: str, m: int, dims: tuple[int, ...]) -> Tile:

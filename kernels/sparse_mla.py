@@ -14,28 +14,29 @@ prefill alike. DeepSeek-V2 report, appendix C.
 import torch
 from torch import Tensor
 
-from minidsv.kernels.set_mla_kv_buffer import read_mla_kv_buffer
+from minidsv.kernels.pdl import PdlMode, triton_mode
+from minidsv.kernels.set_mla_kv_buffer import fp8_row_bytes, read_mla_kv_buffer
 
 _CHUNK_ELEMENTS = 1 << 22  # gathered cache elements at a time: 16 MiB of fp32
 
 
-def sparse_mla(
+def sparse_mla_ref(
     q_latent: Tensor,
     q_pe: Tensor,
     kv_buffer: Tensor,
     topk_indices: Tensor,
     scale: float,
     kv_scale: float = 1.0,
+    q_scale: float = 1.0,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Attend each token to its slots.
-
-    q_latent [T, H, C], q_pe [T, H, r]; kv_buffer [num_slots, row]; topk_indices int64 [T, K], -1 =
-    none. Returns the latent output [T, H, C] in q_latent's dtype; fp32 inside.
-    """
+    """The same in PyTorch, fp32 inside."""
     latent_dim = q_latent.shape[-1]
-    query = torch.cat((q_latent, q_pe), -1).float()
-    out = torch.empty_like(q_latent)
-    step = max(1, _CHUNK_ELEMENTS // (topk_indices.shape[1] * query.shape[-1]))
+    query = torch.cat((q_latent.float(), q_pe.float()), -1)
+    if q_latent.dtype == torch.float8_e4m3fn:
+        query *= q_scale
+    out = torch.empty_like(q_latent, dtype=out_dtype or output_dtype(q_latent))
+    step = max(1, _CHUNK_ELEMENTS // max(1, topk_indices.shape[1] * query.shape[-1]))
     for start in range(0, query.shape[0], step):
         chunk = slice(start, start + step)
         indices = topk_indices[chunk]
@@ -47,3 +48,75 @@ def sparse_mla(
         probs = scores.softmax(-1).masked_fill(~valid.any(-1)[:, None, None], 0.0)
         out[chunk] = (probs @ rows[..., :latent_dim]).to(out.dtype)
     return out
+
+
+def output_dtype(q_latent: Tensor) -> torch.dtype:
+    """The query's dtype; bf16 for an e4m3 query."""
+    return torch.bfloat16 if q_latent.dtype == torch.float8_e4m3fn else q_latent.dtype
+
+
+def _assert_inputs(q_latent: Tensor, q_pe: Tensor, kv_buffer: Tensor, topk_indices: Tensor) -> None:
+    assert q_latent.dim() == 3, f"q_latent {tuple(q_latent.shape)} is not [T, H, C]"
+    tokens, _, c = q_latent.shape
+    r = q_pe.shape[-1]
+    assert q_pe.shape[:-1] == q_latent.shape[:-1], (
+        f"q_pe {tuple(q_pe.shape)} is not {list(q_latent.shape[:-1])} + [r]"
+    )
+    assert q_pe.dtype == q_latent.dtype, f"q_latent {q_latent.dtype}, q_pe {q_pe.dtype}"
+    assert topk_indices.shape == (tokens, topk_indices.shape[-1]), (
+        f"topk_indices {tuple(topk_indices.shape)} is not [{tokens}, K]"
+    )
+    assert topk_indices.dtype == torch.int64, f"topk_indices {topk_indices.dtype} is not int64"
+    assert kv_buffer.dim() == 2, f"kv_buffer {tuple(kv_buffer.shape)} is not [num_slots, row]"
+    width = fp8_row_bytes(c, r) if kv_buffer.dtype == torch.uint8 else c + r
+    assert kv_buffer.shape[1] == width, (
+        f"kv_buffer {tuple(kv_buffer.shape)} {kv_buffer.dtype}: its rows must hold {width}"
+    )
+
+
+def _assert_scales(q_latent: Tensor, kv_buffer: Tensor, kv_scale: float, q_scale: float) -> None:
+    """Each scale belongs to an e4m3 tensor."""
+    e4m3 = torch.float8_e4m3fn
+    assert kv_scale == 1.0 or kv_buffer.dtype == e4m3, f"{kv_scale=} for {kv_buffer.dtype} rows"
+    assert q_scale == 1.0 or q_latent.dtype == e4m3, f"{q_scale=} for a {q_latent.dtype} query"
+    assert q_latent.dtype != e4m3 or kv_buffer.dtype == e4m3, (
+        f"an e4m3 query wants e4m3 rows, kv_buffer is {kv_buffer.dtype}"
+    )
+
+
+def sparse_mla(
+    q_latent: Tensor,
+    q_pe: Tensor,
+    kv_buffer: Tensor,
+    topk_indices: Tensor,
+    scale: float,
+    kv_scale: float = 1.0,
+    q_scale: float = 1.0,
+    out_dtype: torch.dtype | None = None,
+    pdl: PdlMode | None = None,
+) -> Tensor:
+    """Attend each token to its slots.
+
+    q_latent [T, H, C], q_pe [T, H, r] of one dtype; kv_buffer [num_slots, row], any of
+    `set_mla_kv_buffer`'s layouts; topk_indices int64 [T, K], -1 = none. With the flat e4m3 rows
+    (over `kv_scale`) the query may be e4m3 too (over `q_scale`, both parts). Returns the latent
+    output [T, H, C] in `out_dtype` (None: the query's, bf16 for an e4m3 query). `pdl`: None runs
+    the reference, a mode the Triton kernels in that mode (CPU tensors: the reference).
+    """
+    _assert_inputs(q_latent, q_pe, kv_buffer, topk_indices)
+    _assert_scales(q_latent, kv_buffer, kv_scale, q_scale)
+    mode = triton_mode(q_latent, pdl)
+    if mode is None:
+        return sparse_mla_ref(
+            q_latent, q_pe, kv_buffer, topk_indices, scale, kv_scale, q_scale, out_dtype
+        )
+    raise NotImplementedError("sparse_mla has no Triton kernel yet")
+
+
+def sparse_mla_cost(
+    tokens: int, heads: int, topk: int, kv_lora_rank: int, rope_dim: int, row_bytes: int
+) -> tuple[int, int]:
+    """(bytes, flops) of bf16 queries: each token's query, slots, rows and output move once."""
+    query = heads * (kv_lora_rank + rope_dim) * 2
+    token_bytes = query + topk * (8 + row_bytes) + heads * kv_lora_rank * 2
+    return tokens * token_bytes, tokens * heads * topk * 2 * (2 * kv_lora_rank + rope_dim)
