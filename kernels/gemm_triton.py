@@ -9,11 +9,25 @@ FP8 weights become bf16 exactly, by integer arithmetic, and each 128 columns' su
 In prefetch mode the first tiles of a program's weights are drawn into L2 before the wait.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import triton
 import triton.language as tl
 
+from minidsv.kernels import tiles_gemm
 from minidsv.kernels.launch import KernelSpec, pdl_begin, pdl_end
-from minidsv.kernels.segments_triton import REPLAY_CONSTANT, has_type, locate, select, store
+from minidsv.kernels.segments_triton import (
+    DENSE_SLOTS,
+    FP8_SLOTS,
+    REPLAY_CONSTANT,
+    has_type,
+    launch_rows,
+    locate,
+    select,
+    store,
+)
+from minidsv.kernels.tile import Tile
 
 
 @triton.jit
@@ -153,6 +167,35 @@ def _wide_kernel(
     pdl_end(PDL)
 
 
-NARROW = KernelSpec(_narrow_kernel, (), REPLAY_CONSTANT, 89, True)
-WIDE = KernelSpec(_wide_kernel, (), REPLAY_CONSTANT, 89, True)
-SPECS = (NARROW, WIDE)
+def narrow_sizes(tile: Tile) -> dict[str, str | int]:
+    """The narrow kernel's constants; rows of a second type come in sixteens."""
+    sizes = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "OTHER_N": 16}
+    return {**sizes, "KS": tile.split}
+
+
+def wide_sizes(tile: Tile) -> dict[str, str | int]:
+    return {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
+
+
+def _specs(
+    kernel: Any,
+    tiles: dict[int, tuple[Tile, ...]],
+    sizes: Callable[[Tile], dict[str, str | int]],
+    **types: str,
+) -> dict[int, KernelSpec]:
+    """By bytes of a weight; `types` are of the arguments beside the slots' and the constants."""
+
+    def own(tile: Tile) -> dict[str, str | int]:
+        return {"m": "i32", "x_stride": "i32:16", **types, **sizes(tile)}
+
+    return {
+        1: KernelSpec(kernel, launch_rows(FP8_SLOTS, tiles[1], own), REPLAY_CONSTANT, 89, True),
+        2: KernelSpec(kernel, launch_rows(DENSE_SLOTS, tiles[2], own), REPLAY_CONSTANT, 80, True),
+    }
+
+
+NARROW = _specs(_narrow_kernel, tiles_gemm.NARROW, narrow_sizes)
+WIDE = _specs(
+    _wide_kernel, tiles_gemm.WIDE, wide_sizes, **dict.fromkeys(("n0", "n1", "n2", "n3"), "i32:16")
+)
+SPECS = (*NARROW.values(), *WIDE.values())
