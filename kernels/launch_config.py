@@ -6,6 +6,9 @@ time, so an op's summation order depends on its shapes alone. No torch, no trito
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+
+from minidsv.kernels import tiles_attention
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,16 @@ class Tile:
 
 
 Rule = Callable[[int, tuple[int, ...]], Tile]  # (m, dims) -> tile
-RULES: dict[str, Rule] = {}
+
+
+def _sparse_mla(layout: str, m: int, dims: tuple[int, ...]) -> Tile:
+    block_m, block_n, split, warps, stages = tiles_attention.fields(layout, m, *dims)
+    return Tile(block_m, block_n, 1, split, warps, stages)
+
+
+RULES: dict[str, Rule] = {
+    f"sparse_mla_{layout}": partial(_sparse_mla, layout) for layout in tiles_attention.WIDE
+}
 
 
 def launch_config(op: str, m: int, dims: tuple[int, ...]) -> Tile:
