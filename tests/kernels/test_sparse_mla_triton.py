@@ -89,12 +89,13 @@ def test_against_the_reference(layout: str, c: int, r: int, heads: int) -> None:
     for tokens in TOKENS:
         for topk in TOPK:
             args = inputs(layout, tokens, heads, topk, c, r)
-            got = [sparse_mla(*args, **scales(layout), pdl=mode) for mode in MODES]
+            modes = MODES if c == DIMS[0][0] and heads in (1, 128) else MODES[-1:]
+            got = [sparse_mla(*args, **scales(layout), pdl=mode) for mode in modes]
             want = sparse_mla_ref(*args, **scales(layout))
             name = f"{tokens} tokens, top {topk}"
             assert_close(name, got[0], want, "bf16")
             assert not got[0][2::4].count_nonzero(), f"{name}: no slot, no zeros"
-            for mode, other in zip(MODES, got, strict=True):
+            for mode, other in zip(modes, got, strict=True):
                 assert torch.equal(other, got[0]), f"{name}: {mode} differs"
 
 
@@ -108,25 +109,27 @@ def test_fp8_against_full_precision(layout: str) -> None:
     query = (torch.randn(3, 4, c + r, generator=generator) * 0.3).to(DEVICE, QUERY)
     indices = written.expand(3, -1).contiguous().to(DEVICE)
     query = query[..., :c], query[..., c:]
-    got = sparse_mla(*query, cache(layout, rows, c, written), indices, **scales(layout), pdl="on")
+    got = sparse_mla(
+        *query, cache(layout, rows, c, written), indices, **scales(layout), pdl="prefetch"
+    )
     want = sparse_mla_ref(*query, cache(PLAIN, rows, c, written), indices, 0.1)
     assert_close(layout, got, want, "fp8_weight")
 
 
-@pytest.mark.parametrize("layout", [PLAIN, "fp8"])
-def test_rows_that_leave_the_range_of_f16(layout: str) -> None:
-    """Values up to 1e7 next to values down to 1e-6."""
+def test_latents_beyond_the_range_of_f16() -> None:
+    """fp8 rows from 1e-6 to 1e7 in one token; the scores come from the rope part alone."""
     c, r = DIMS[0]
     written = torch.arange(1, 65)
     rows = torch.randn(64, c + r, generator=torch.Generator().manual_seed(8))
-    rows *= torch.logspace(-6, 7 if layout == "fp8" else 4, 64)[:, None]
-    query = torch.randn(1, 4, c + r, generator=torch.Generator().manual_seed(9))
-    query = (query * 1e-9).to(DEVICE, torch.float32 if is_interpreted() else QUERY)
-    indices = written[None].to(DEVICE)
-    kv_buffer = cache(layout, rows, c, written)
-    got = sparse_mla(query[..., :c], query[..., c:], kv_buffer, indices, 1.0, pdl="on")
-    want = sparse_mla_ref(query[..., :c], query[..., c:], kv_buffer, indices, 1.0)
-    assert_close(layout, got / 1e5, want / 1e5, "bf16")
+    rows[:, :c] *= torch.logspace(-6, 7, 64)[:, None]
+    kv_buffer = cache("fp8", rows, c, written)
+    q_pe = torch.randn(1, 4, r, generator=torch.Generator().manual_seed(9)).to(DEVICE, QUERY)
+    q_latent = torch.zeros(1, 4, c, dtype=QUERY, device=DEVICE)
+    for count in (8, 64):  # the small ones alone too
+        args = q_latent, q_pe, kv_buffer, written[None, :count].contiguous().to(DEVICE), 0.1
+        got, want = sparse_mla(*args, pdl="prefetch").float(), sparse_mla_ref(*args).float()
+        assert want.abs().max() > 0
+        assert_close(f"{count} rows", got / want.abs().max(), want / want.abs().max(), "bf16")
 
 
 @pytest.mark.skipif(is_interpreted(), reason="4.8 GB")
