@@ -54,7 +54,7 @@ def test_retrieval_with_pdl_and_without(kv: str, index: str) -> None:
         llm = LLM(device="cuda", pdl=pdl, kv_cache_dtype=kv, index_cache_dtype=index, num_pages=300)
         tokenizer = llm.engine.tokenizer
         questions = eval_questions(
-            "retrieval_open", 40, 3, 384, lambda text: len(tokenizer.encode(text)) - 1
+            "retrieval_open", 40, 3, 384, lambda text, t=tokenizer: len(t.encode(text)) - 1
         )
         outputs = llm.generate([q.prompt for q in questions], SamplingParams(max_tokens=8))
         answers[pdl] = [o.outputs[0].token_ids for o in outputs]
