@@ -2,4 +2,5 @@
 
 from importlib.util import find_spec
 
-collect_ignore = [] if find_spec("triton") else ["test_check.py", "test_ran.py", "test_engine_triton.py"]
+NEEDING = ["test_check.py", "test_ran.py", "test_engine_triton.py"]
+collect_ignore = [] if find_spec("triton") else NEEDING
