@@ -10,11 +10,12 @@ import triton.language as tl
 from torch import Tensor
 
 from minidsv.kernels.launch import KernelSpec, pdl_begin, pdl_end
-from minidsv.kernels.launch_config import Tile, launch_config
+from minidsv.kernels.launch_config import launch_config
 from minidsv.kernels.pdl import PdlMode
+from minidsv.kernels.tile import Tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("m",))
 def _absorb_kernel(
     x, w, out, m, n, k_size, x_token, x_head, w_head, w_row, w_column,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,

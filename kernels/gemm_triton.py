@@ -70,7 +70,7 @@ def _narrow(
     return tl.trans(tl.sum(total, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("m", "n0", "n1", "n2", "n3"))
 def _narrow_kernel(
     x, w0, w1, w2, w3, s0, s1, s2, s3, o0, o1, o2, o3, n0, n1, n2, n3, m, k_size, x_stride,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, OTHER_N: tl.constexpr, KS: tl.constexpr,
@@ -118,7 +118,7 @@ def _wide(
     return tl.trans(total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("m",))
 def _wide_kernel(
     x, w0, w1, w2, w3, s0, s1, s2, s3, o0, o1, o2, o3, n0, n1, n2, n3, m, k_size, x_stride,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,

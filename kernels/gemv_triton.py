@@ -47,7 +47,7 @@ def _rows(tile, w, s, x, row, n, k_size, BLOCK_N: tl.constexpr, BLOCK_K: tl.cons
     return tl.sum(total, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("n0", "n1", "n2", "n3"))
 def _gemv_kernel(
     x, w0, w1, w2, w3, s0, s1, s2, s3, o0, o1, o2, o3, n0, n1, n2, n3, k_size,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OTHER_N: tl.constexpr, PDL: tl.constexpr,

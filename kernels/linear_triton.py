@@ -13,9 +13,10 @@ from torch import Tensor
 from minidsv.kernels.gemm import Segment
 from minidsv.kernels.gemm_triton import NARROW, WIDE
 from minidsv.kernels.gemv_triton import GEMV
-from minidsv.kernels.launch_config import Tile, launch_config
+from minidsv.kernels.launch_config import launch_config
 from minidsv.kernels.pdl import PdlMode
 from minidsv.kernels.segments_triton import slots, tiles
+from minidsv.kernels.tile import Tile
 
 
 def project(x: Tensor, segments: Sequence[Segment], mode: PdlMode) -> list[Tensor]:

@@ -21,16 +21,16 @@ REPLAY_CONSTANT = frozenset(f"{letter}{slot}" for letter in "ws" for slot in ran
 @triton.jit
 def has_type(slot, p0, p1, p2, p3, like):
     """Whether the slot's pointer is of like's type."""
-    found = slot < 0
+    code = slot * 0
     if p0.dtype == like.dtype:
-        found |= slot == 0
+        code = tl.where(slot == 0, 1, code)
     if p1.dtype == like.dtype:
-        found |= slot == 1
+        code = tl.where(slot == 1, 1, code)
     if p2.dtype == like.dtype:
-        found |= slot == 2
+        code = tl.where(slot == 2, 1, code)
     if p3.dtype == like.dtype:
-        found |= slot == 3
-    return found
+        code = tl.where(slot == 3, 1, code)
+    return code == 1
 
 
 @triton.jit
@@ -67,13 +67,12 @@ def locate(tile, w0, w1, w2, w3, n0, n1, n2, n3, BLOCK: tl.constexpr, OTHER: tl.
 @triton.jit
 def store(slot, o0, o1, o2, o3, at, y, mask):
     """The slot's output[at] = y, in its type."""
-    out = select(slot, o0, o1, o2, o3, o0)
-    mine = has_type(slot, o0, o1, o2, o3, o0)
-    tl.store(out + at, y.to(out.dtype.element_ty), mask=mask & mine)
-    if o3.dtype != o0.dtype:
+    if has_type(slot, o0, o1, o2, o3, o0):
+        out = select(slot, o0, o1, o2, o3, o0)
+        tl.store(out + at, y.to(out.dtype.element_ty), mask=mask)
+    elif o3.dtype != o0.dtype:
         other = select(slot, o0, o1, o2, o3, o3)
-        mine = has_type(slot, o0, o1, o2, o3, o3)
-        tl.store(other + at, y.to(other.dtype.element_ty), mask=mask & mine)
+        tl.store(other + at, y.to(other.dtype.element_ty), mask=mask)
 
 
 def slots(x: Tensor, segments: Sequence[Segment]) -> tuple[dict[str, Any], list[Tensor]]:

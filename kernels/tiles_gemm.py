@@ -1,6 +1,6 @@
 """Tiles of the GEMM family; no torch, no triton."""
 
-from minidsv.kernels.launch_config import Tile
+from minidsv.kernels.tile import Rule, Tile
 
 
 def linear(m: int, dims: tuple[int, ...]) -> Tile:
@@ -24,4 +24,4 @@ def absorb(m: int, dims: tuple[int, ...]) -> Tile:
     return Tile(64 if m <= 64 else 128, 128, 64, num_warps=4 if m <= 64 else 8)
 
 
-RULES = {"linear": linear, "absorb": absorb}
+TILES: dict[str, Rule] = {"linear": linear, "absorb": absorb}
