@@ -37,7 +37,9 @@ def absorb_q(q_nope: Tensor, w_uk: Tensor, pdl: PdlMode | None = None) -> Tensor
     mode = triton_mode(q_nope, pdl)
     if mode is None:
         return absorb_q_ref(q_nope, w_uk)
-    raise NotImplementedError
+    from minidsv.kernels.absorb_triton import multiply_heads
+
+    return multiply_heads(q_nope, w_uk.transpose(1, 2), mode)
 
 
 def absorb_v(latent: Tensor, w_uv: Tensor, pdl: PdlMode | None = None) -> Tensor:
@@ -46,7 +48,9 @@ def absorb_v(latent: Tensor, w_uv: Tensor, pdl: PdlMode | None = None) -> Tensor
     mode = triton_mode(latent, pdl)
     if mode is None:
         return absorb_v_ref(latent, w_uv)
-    raise NotImplementedError
+    from minidsv.kernels.absorb_triton import multiply_heads
+
+    return multiply_heads(latent, w_uv, mode).flatten(1)
 
 
 def absorb_cost(tokens: int, heads: int, k: int, n: int) -> tuple[int, int]:

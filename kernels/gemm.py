@@ -84,7 +84,9 @@ def fused_linear(
     mode = triton_mode(x, pdl)
     if mode is None:
         return [linear_ref(x, s.weight, s.scale, s.out_dtype) for s in segments]
-    raise NotImplementedError
+    from minidsv.kernels.linear_triton import project
+
+    return project(x, segments, mode)
 
 
 def fused_a_gemm(

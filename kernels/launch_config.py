@@ -4,10 +4,12 @@ Each family's `tiles_*.py` maps an op's name to a rule over frozen tables; nothi
 time, so an op's summation order depends on its shapes alone. No torch, no triton in here.
 """
 
-from minidsv.kernels import tiles_moe, tiles_small
+from minidsv.kernels import tiles_attention, tiles_gemm, tiles_moe, tiles_small
 from minidsv.kernels.tile import Rule, Tile
 
-RULES: dict[str, Rule] = {**tiles_moe.TILES, **tiles_small.TILES}
+RULES: dict[str, Rule] = (
+    tiles_attention.TILES | tiles_gemm.TILES | tiles_moe.TILES | tiles_small.TILES
+)
 
 
 def launch_config(op: str, m: int, dims: tuple[int, ...]) -> Tile:
