@@ -120,7 +120,7 @@ class Launches:
 def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
     """What is launched meanwhile; none of it runs."""
     launches = Launches()
-    monkeypatch.setattr(KernelSpec, "launch", lambda *args: launches.add(*args))
+    monkeypatch.setattr(KernelSpec, "launch", lambda *args, **named: launches.add(*args, **named))
     monkeypatch.setattr(pdl, "is_interpreted", lambda: True)  # kernels for tensors not on CUDA
     return launches
 
