@@ -97,7 +97,11 @@ def test_fused_linear(kinds: str) -> None:
     ]
     for tokens in TOKENS:
         x = among_nans(randn(tokens, k, seed=tokens).to(DTYPE))
-        check(kinds, lambda mode, x=x: fused_linear(x, segments, mode), [wanted(x, s) for s in segments])
+        check(
+            kinds,
+            lambda mode, x=x: fused_linear(x, segments, mode),
+            [wanted(x, s) for s in segments],
+        )
 
 
 def test_fused_a_gemm_without_an_indexer() -> None:
@@ -127,7 +131,9 @@ def test_a_weight_beyond_two_to_the_30_elements() -> None:
 
 @pytest.mark.parametrize(
     ("heads", "n", "v", "c"),
-    [(3, 16, 24, 40)] if is_interpreted() else [(128, 128, 128, 512), (64, 192, 256, 512), (8, 64, 64, 128)],
+    [(3, 16, 24, 40)]
+    if is_interpreted()
+    else [(128, 128, 128, 512), (64, 192, 256, 512), (8, 64, 64, 128)],
 )
 def test_absorbed_products(heads: int, n: int, v: int, c: int) -> None:
     kv_b = ending_in_nan((randn(heads, n + v, c) / 8).to(DTYPE))
