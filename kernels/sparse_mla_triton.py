@@ -89,8 +89,10 @@ def _sparse_mla_kernel(
         if not GROUPED:
             qr = _to_f16(qr)
         if BLOCK_H >= 64:
+            own: tl.constexpr = C if FINAL else 2 * C  # a row of `out` in f16 elements
             scratch = out.to(tl.pointer_type(tl.float16))
-            q = _reload_f16(q, scratch, row[:, None] * (C if FINAL else 2 * C) + c[None, :], real)
+            scratch += (token * tl.num_programs(1) + split) * heads * own
+            q = _reload_f16(q, scratch, h[:, None] * own + c[None, :], real)
     top = tl.full([BLOCK_H], EMPTY, tl.float32)
     total = tl.zeros([BLOCK_H], tl.float32)
     acc = tl.zeros([BLOCK_H, C], tl.float32)
@@ -104,15 +106,17 @@ def _sparse_mla_kernel(
             at = slot[:, None].to(tl.int64) * (ROW // 4) + C // 4 + g[None, :]
             scale = tl.load(scales + at, mask=valid[:, None], other=0.0)
             k, row_scale = _scale_groups(k, scale, C)
-            if BLOCK_H >= 64:  # not an operand as it was loaded, so of fewer buffers
-                k_pe = tl.where(valid[:, None], k_pe, 0.0)
+            if BLOCK_H >= 64:  # exact; an operand that is not as it was loaded needs fewer buffers
+                k_pe *= 2.0
         elif F16:
             k, k_pe = k.to(tl.float16), k_pe.to(tl.float16)
         if CARRY:
             ahead = start + BLOCK_N + n
             slot = tl.load(indices + ahead, mask=ahead < last, other=-1).to(tl.int32)
         x = tl.dot(q, k.T)
-        x_pe = tl.dot(qr, k_pe.to(qr.dtype).T) * factor
+        x_pe = tl.dot(qr, k_pe.to(qr.dtype).T) * (
+            factor * 0.5 if GROUPED and BLOCK_H >= 64 else factor
+        )
         if GROUPED:
             x = x * (row_scale * factor)[None, :] + (x_pe + tl.log2(row_scale)[None, :])
         else:
