@@ -1,8 +1,8 @@
 """Launches `fused_linear`: the form and tile that `launch_config` names for these sizes.
 
-    block_m 1           gemv_triton, one token
-    split > 1           gemm_triton's narrow form, `split` warps' K slices of 128
-    else                gemm_triton's wide form
+block_m 1           gemv_triton, one token
+split > 1           gemm_triton's narrow form, `split` warps' K slices of 128
+else                gemm_triton's wide form
 """
 
 from collections.abc import Sequence
@@ -27,9 +27,7 @@ def project(x: Tensor, segments: Sequence[Segment], mode: PdlMode) -> list[Tenso
     return project_in(launch_config("linear", len(x), dims), x, segments, mode)
 
 
-def project_in(
-    tile: Tile, x: Tensor, segments: Sequence[Segment], mode: PdlMode
-) -> list[Tensor]:
+def project_in(tile: Tile, x: Tensor, segments: Sequence[Segment], mode: PdlMode) -> list[Tensor]:
     """The same in a given tile."""
     assert x.stride(1) == 1, f"x strides {x.stride()}: want contiguous rows"
     for s in segments:

@@ -19,10 +19,10 @@ from minidsv.checkpoint import Weight, WeightStore
 from minidsv.config import ModelConfig
 from minidsv.engine_config import bundled_model
 from minidsv.kernels import pdl
-from minidsv.kernels.check import SPECS
 from minidsv.kernels.launch import KernelSpec, Row
 from minidsv.kernels.pdl import PdlMode
 from minidsv.kernels.ran import nearest, row_of
+from minidsv.kernels.specs import SPECS
 from minidsv.kv_cache import KVCache
 from minidsv.layers import Operators
 from minidsv.model import DeepseekV32

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from compare import assert_close
 from minidsv.kernels.absorb import absorb_q, absorb_q_ref, absorb_v, absorb_v_ref
 from minidsv.kernels.gemm import Segment, fused_a_gemm, fused_linear, linear, linear_ref
 from minidsv.kernels.pdl import is_interpreted
 from minidsv.kernels.quant import quantize_fp8_blocks
-from compare import assert_close
 
 pytestmark = [] if is_interpreted() else [pytest.mark.gpu]
 DEVICE = "cpu" if is_interpreted() else "cuda"
