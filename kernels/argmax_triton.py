@@ -42,7 +42,7 @@ def _argmax_piece_kernel(
     pdl_end(PDL)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["PIECES"])
 def _argmax_merge_kernel(candidates, out, PIECES, BLOCK: tl.constexpr, PDL: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)

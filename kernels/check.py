@@ -28,13 +28,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from minidsv.kernels import ptx, sass, set_mla_kv_buffer_triton
+from minidsv.kernels import ptx, sass
 from minidsv.kernels.contract import check_ptx, check_sass, lines_of
 from minidsv.kernels.flow import Listing
 from minidsv.kernels.launch import KernelSpec, Row
 from minidsv.kernels.pdl import PDL_MODES, PdlMode, is_interpreted
+from minidsv.kernels.specs import SPECS
 
-SPECS: tuple[KernelSpec, ...] = (*set_mla_kv_buffer_triton.SPECS,)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # CUDA C++ guide, table of limits
 
 

@@ -84,7 +84,9 @@ def paged_index_logits(
         return paged_index_logits_ref(
             q, weights, buffer, block_table, seq_lens, request_index, max_seq_len
         )
-    raise NotImplementedError(f"pdl {mode!r}")
+    from minidsv.kernels.indexer_logits_triton import score
+
+    return score(q, weights, buffer, block_table, seq_lens, request_index, max_seq_len, mode)
 
 
 def paged_index_logits_cost(

@@ -92,7 +92,7 @@ def _q_parts(
     return a, b, rest
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H"])
 def _index_q_plain_kernel(
     q, gate, cos, sin, out, weights, token_stride, head_stride, gate_stride, H,
     head_scale, softmax_scale,
@@ -110,7 +110,7 @@ def _index_q_plain_kernel(
     pdl_end(PDL)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H"])
 def _index_q_fp8_kernel(
     q, gate, cos, sin, out, weights, token_stride, head_stride, gate_stride, H,
     head_scale, softmax_scale, NORM: tl.constexpr,
@@ -164,7 +164,7 @@ def _k_parts(
     return a, b, rest
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _index_k_plain_kernel(
     keys, loc, k, gain, bias, cos, sin, k_stride, T, eps,
     D: tl.constexpr, HALF: tl.constexpr, BT: tl.constexpr, INTERLEAVED: tl.constexpr,
@@ -186,7 +186,7 @@ def _index_k_plain_kernel(
     pdl_end(PDL)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _index_k_fp8_kernel(
     keys, scales, loc, k, gain, bias, cos, sin, k_stride, T, eps, NORM: tl.constexpr,
     D: tl.constexpr, HALF: tl.constexpr, BT: tl.constexpr, INTERLEAVED: tl.constexpr,

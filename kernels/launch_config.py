@@ -4,10 +4,17 @@ Each family's `tiles_*.py` maps an op's name to a rule over frozen tables; nothi
 time, so an op's summation order depends on its shapes alone. No torch, no triton in here.
 """
 
-from minidsv.kernels import tiles_gemm, tiles_moe, tiles_small
+from minidsv.kernels import (
+    tiles_attention,
+    tiles_gemm,
+    tiles_indexer,
+    tiles_moe,
+    tiles_small,
+)
 from minidsv.kernels.tile import Rule, Tile
 
-RULES: dict[str, Rule] = {**tiles_gemm.TILES, **tiles_moe.TILES, **tiles_small.TILES}
+FAMILIES = (tiles_attention, tiles_gemm, tiles_indexer, tiles_moe, tiles_small)
+RULES: dict[str, Rule] = {op: rule for family in FAMILIES for op, rule in family.TILES.items()}
 
 
 def launch_config(op: str, m: int, dims: tuple[int, ...]) -> Tile:

@@ -158,8 +158,10 @@ def moe_experts(
         return moe_experts_ref(x, weights, ids, *stack, *shared)
     from minidsv.kernels.moe_triton import Weights, moe_triton
 
-    experts = None if shared_gate_up is None else Weights(*shared)
-    return moe_triton(x, weights, ids, Weights(*stack), experts, mode)
+    expert = None
+    if shared_gate_up is not None and shared_down is not None:
+        expert = Weights(shared_gate_up, shared_gate_up_scale, shared_down, shared_down_scale)
+    return moe_triton(x, weights, ids, Weights(*stack), expert, mode)
 
 
 def swiglu_mlp_cost(tokens: int, hidden: int, inner: int, weight_bytes: int = 1) -> tuple[int, int]:

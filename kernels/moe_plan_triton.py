@@ -148,16 +148,17 @@ def prepare(
     tiles = max_tiles(slots, experts, bt)
     plan = torch.empty((tiles, 3), dtype=torch.int32, device=x.device)
     order = torch.empty(slots, dtype=torch.int32, device=x.device)
-    x16 = torch.empty(x.shape, dtype=torch.float16, device=x.device) if as_f16 else x
+    x16 = torch.empty(x.shape if as_f16 else 0, dtype=torch.float16, device=x.device)
+    planned = (next_power_of_2(experts), bt) if slots else (256, 16)  # of a dense MLP: any row
     args: dict[str, Any] = {
         "ids": ids, "order": order, "plan": plan, "x": x, "x16": x16, "slots": slots,
         "tiles": tiles, "experts": experts if slots else 0, "numbers": x.numel(),
-        "BINS": max(2, next_power_of_2(experts)), "CHUNK": 512 if slots <= 512 else 2048,
-        "BT": bt, "COPY": COPY_BLOCK,
+        "BINS": max(2, planned[0]), "CHUNK": 512 if slots <= 512 else 2048, "BT": planned[1],
+        "COPY": COPY_BLOCK,
     }  # fmt: skip
     copies = cdiv(x.numel(), COPY_BLOCK) if as_f16 else 0
     PREPARE.launch((args["experts"] + copies,), mode, args)
-    return x16, plan, order
+    return x16 if as_f16 else x, plan, order
 
 
 def combine(y: Tensor, weights: Tensor, tokens: int, shared: bool, mode: PdlMode) -> Tensor:

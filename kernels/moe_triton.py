@@ -204,7 +204,7 @@ def _down_kernel(
     pdl_end(PDL)
 
 
-def _row(tile: Tile, fp8: bool, alone: int, **more: str | int) -> Row:
+def _row(tile: Tile, fp8: bool, alone: int, **more: str | int | float) -> Row:
     weight = "*fp8e4nv:16" if fp8 else "*bf16:16"
     types: dict[str, str | int | float] = {
         "plan": "*i32:16", "ids": "*i64:16", "order": "*i32:16", "weight": weight,
@@ -221,7 +221,7 @@ def _rows(gate_up: bool) -> tuple[Row, ...]:
     """A lone token comes as it is (bf16), more are converted for FP8 weights before."""
     rows = []
     for fp8, tile, alone in itertools.product((True, False), MLP_TILES, (1, 0)):
-        more: dict[str, str | int] = {"y": "*bf16:16", "slots": "i32"}
+        more: dict[str, str | int | float] = {"y": "*bf16:16", "slots": "i32"}
         if gate_up:
             x = "*fp16:16" if fp8 and not alone else "*bf16:16"
             more = {"x": x, "top_k": "i32", "BF16": 1}

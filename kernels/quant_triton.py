@@ -35,7 +35,7 @@ def quantize_rows(x, UE8M0: tl.constexpr, MAX: tl.constexpr, FLOOR: tl.constexpr
     return q, scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["GROUPS"])
 def _quantize_groups_kernel(
     x, out, scales, x_stride, GROUPS,
     GROUP: tl.constexpr, BG: tl.constexpr, UE8M0: tl.constexpr,

@@ -22,7 +22,7 @@ def rope_cos_sin_ref(positions: Tensor, inv_freq: Tensor, scale: float) -> tuple
 
 def apply_rope_ref(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """apply_rope in PyTorch."""
-    shape = (x.shape[0], *[1] * (x.dim() - 2), -1)
+    shape = (len(x), *[1] * (x.dim() - 2), cos.shape[1])
     cos, sin = cos.view(shape), sin.view(shape)
     wide = x.float()
     if interleaved:

@@ -34,7 +34,7 @@ def _quantize_rows(
     store_pairs(pe_out, inside, a, b, R // 2, BLOCK_R // 2, True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H"])
 def _rope_quantize_kernel(
     q_nope, q_pe, k_nope, k_pe, cos, sin, q8_nope, q8_pe, k8_nope, k8_pe,
     q_nope_token, q_nope_head, q_pe_token, q_pe_head, k_nope_token, k_pe_token,

@@ -90,7 +90,7 @@ def load_angles(table, row, HALF: tl.constexpr, BLOCK: tl.constexpr):
     return tl.load(table + row * HALF + i, mask=i < HALF, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H"])
 def _apply_rope_kernel(
     x, cos, sin, out, token_stride, head_stride, H,
     HALF: tl.constexpr, BLOCK: tl.constexpr, BH: tl.constexpr, INTERLEAVED: tl.constexpr,
@@ -108,7 +108,7 @@ def _apply_rope_kernel(
     pdl_end(PDL)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _cos_sin_kernel(
     positions, inv_freq, cos, sin, scale, T,
     HALF: tl.constexpr, BLOCK: tl.constexpr, BT: tl.constexpr, PDL: tl.constexpr,

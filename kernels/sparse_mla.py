@@ -110,7 +110,17 @@ def sparse_mla(
         return sparse_mla_ref(
             q_latent, q_pe, kv_buffer, topk_indices, scale, kv_scale, q_scale, out_dtype
         )
-    raise NotImplementedError("sparse_mla has no Triton kernel yet")
+    from minidsv.kernels.sparse_mla_triton import attend
+
+    assert kv_buffer.is_contiguous(), (
+        f"kv_buffer strides {kv_buffer.stride()}: want contiguous rows"
+    )
+    for name, x in (("q_latent", q_latent), ("q_pe", q_pe), ("topk_indices", topk_indices)):
+        assert x.stride(-1) == 1, f"{name} strides {x.stride()}: want a last axis of step 1"
+    out_dtype = out_dtype or output_dtype(q_latent)
+    out = torch.empty(q_latent.shape, dtype=out_dtype, device=q_latent.device)
+    attend(q_latent, q_pe, kv_buffer, topk_indices, out, scale * kv_scale * q_scale, kv_scale, mode)
+    return out
 
 
 def sparse_mla_cost(

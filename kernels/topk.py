@@ -79,7 +79,9 @@ def select_topk(
     mode = triton_mode(logits, pdl)
     if mode is None:
         return select_topk_ref(logits, seq_lens, k, block_table, request_index)
-    raise NotImplementedError(f"pdl {mode!r}")
+    from minidsv.kernels.topk_triton import select
+
+    return select(logits, seq_lens, k, block_table, request_index, mode)
 
 
 def all_slots(
@@ -97,7 +99,9 @@ def all_slots(
     mode = triton_mode(seq_lens, pdl)
     if mode is None:
         return all_slots_ref(seq_lens, block_table, request_index, width)
-    raise NotImplementedError(f"pdl {mode!r}")
+    from minidsv.kernels.topk_triton import write_all_slots
+
+    return write_all_slots(seq_lens, block_table, request_index, width, mode)
 
 
 def select_topk_cost(seq_lens: list[int], k: int) -> tuple[int, int]:

@@ -98,8 +98,8 @@ class MLA:
     def _absorb_and_write(
         self, q: Tensor, latent: Tensor, step: StepBatch, rope: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """q [T, H * (n + r)] -> q_latent [T, H, C], rotated q_pe [T, H, r]; writes the cache rows of
-        latent [T, C + r]."""
+        """q [T, H * (n + r)] -> q_latent [T, H, C], rotated q_pe [T, H, r]; latent [T, C + r] goes
+        to the cache."""
         c, pdl = self.config, self.operators.pdl
         q_nope, q_pe = q.unflatten(-1, (c.num_attention_heads, c.qk_head_dim)).split(
             (c.qk_nope_head_dim, c.qk_rope_head_dim), -1

@@ -11,7 +11,7 @@ from triton.backends.compiler import GPUTarget
 
 import planted
 from minidsv import LLM, SamplingParams
-from minidsv.kernels.check import SPECS, ahead_of_time
+from minidsv.kernels.check import ahead_of_time
 from minidsv.kernels.launch import KernelSpec, Launch, Row, recorded_launches
 from minidsv.kernels.pdl import PDL_MODES
 from minidsv.kernels.ran import check_ran, report_ran, row_of
@@ -20,6 +20,7 @@ from minidsv.kernels.set_mla_kv_buffer import (
     set_mla_kv_buffer,
     set_mla_kv_buffer_fp8_quant,
 )
+from minidsv.kernels.specs import SPECS
 
 
 def compiled(spec: KernelSpec, row: Row, mode: str = "on"):

@@ -1,0 +1,143 @@
+"""Sparse MLA's Triton kernels against the reference, over shuffled caches full of NaN.
+
+On a GPU in every PDL mode; `test_triton.py` runs the same file in Triton's interpreter, whose bf16
+arithmetic is wrong, so there queries are fp16.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from compare import assert_close
+from minidsv.kernels.pdl import is_interpreted
+from minidsv.kernels.set_mla_kv_buffer import (
+    fp8_row_bytes,
+    set_mla_kv_buffer,
+    set_mla_kv_buffer_fp8_quant,
+)
+from minidsv.kernels.sparse_mla import sparse_mla, sparse_mla_ref
+
+pytestmark = [] if is_interpreted() else [pytest.mark.gpu]
+DEVICE = "cpu" if is_interpreted() else "cuda"
+MODES = ("prefetch",) if is_interpreted() else ("off", "seed", "on", "prefetch")
+QUERY = torch.float16 if is_interpreted() else torch.bfloat16
+PLAIN = "float16" if is_interpreted() else "bfloat16"
+E4M3 = torch.float8_e4m3fn
+SLOTS = 4096
+KV_SCALE, Q_SCALE = 0.0625, 0.03125
+DIMS = [(128, 64)] if is_interpreted() else [(512, 64), (128, 64)]
+HEADS = [1, 17] if is_interpreted() else [1, 4, 16, 17, 64, 100, 128]
+TOPK = [21] if is_interpreted() else [1, 64, 100, 2048]
+TOKENS = [0, 3] if is_interpreted() else [0, 1, 3, 40]
+
+
+def cache(layout: str, rows: Tensor, c: int, written: Tensor) -> Tensor:
+    """A buffer of `layout` that holds `rows` in the slots `written`, NaN everywhere else."""
+    r = rows.shape[1] - c
+    if layout == PLAIN:
+        buffer = torch.full((SLOTS, c + r), float("nan"), dtype=getattr(torch, layout))
+        set_mla_kv_buffer(buffer, written, rows[:, :c], rows[:, c:])
+        return buffer.to(DEVICE)
+    width = fp8_row_bytes(c, r) if layout == "fp8" else c + r
+    buffer = torch.full((SLOTS, width), 0xFF, dtype=torch.uint8)
+    buffer = buffer if layout == "fp8" else buffer.view(E4M3)
+    scale = 1.0 if layout == "fp8" else KV_SCALE
+    set_mla_kv_buffer_fp8_quant(buffer, written, rows[:, :c], rows[:, c:], scale)
+    return buffer.to(DEVICE)
+
+
+def selection(tokens: int, topk: int, written: Tensor, generator: torch.Generator) -> Tensor:
+    """Slots with none (-1) behind, in the middle, or everywhere, by token."""
+    draws = [torch.randperm(len(written), generator=generator)[:topk] for _ in range(tokens)]
+    indices = written[torch.stack(draws)] if tokens else torch.empty(0, topk, dtype=torch.int64)
+    indices[1::4, topk // 2 :] = -1
+    indices[2::4] = -1
+    indices[3::4, topk // 3 : topk // 2] = -1
+    indices[3::4, 0] = -1
+    return indices.to(DEVICE)
+
+
+def inputs(layout: str, tokens: int, heads: int, topk: int, c: int, r: int):
+    """q_latent, q_pe (a strided view), kv_buffer, topk_indices."""
+    generator = torch.Generator().manual_seed(tokens + heads + topk)
+    written = torch.randperm(SLOTS, generator=generator)[: max(topk, 40)]
+    written = written[written != 0]  # slot 0 stays poison: none is not slot 0
+    rows = torch.randn(len(written), c + r, generator=generator)
+    rows *= torch.logspace(-3, 3, len(written), base=2.0)[:, None]  # scales differ by row
+    rows[:, : c // 2] *= 0.1  # and by group
+    query = torch.randn(tokens, heads, c + 2 * r, generator=generator) * 0.5
+    query[..., c : c + r] = float("nan")
+    query = query.to(DEVICE, QUERY)
+    kv_buffer = cache(layout.removesuffix("_query"), rows, c, written)
+    indices = selection(tokens, min(topk, len(written)), written, generator)
+    q_latent, q_pe = query[..., :c].contiguous(), query[..., c + r :]
+    if layout.endswith("_query"):
+        q_latent, q_pe = (x.float().div(Q_SCALE).to(E4M3) for x in (q_latent, q_pe))
+    return q_latent, q_pe, kv_buffer, indices
+
+
+def scales(layout: str) -> dict[str, float]:
+    found = {"scale": 0.1, "kv_scale": KV_SCALE if "flat" in layout else 1.0}
+    return found | {"q_scale": Q_SCALE if "query" in layout else 1.0}
+
+
+@pytest.mark.parametrize("layout", [PLAIN, "fp8", "fp8_flat", "fp8_flat_query"])
+@pytest.mark.parametrize(("c", "r"), DIMS)
+@pytest.mark.parametrize("heads", HEADS)
+def test_against_the_reference(layout: str, c: int, r: int, heads: int) -> None:
+    """The reference reads the same rounded rows, so this is the tight check of every layout."""
+    for tokens in TOKENS:
+        for topk in TOPK:
+            args = inputs(layout, tokens, heads, topk, c, r)
+            modes = MODES if c == DIMS[0][0] and heads in (1, 128) else MODES[-1:]
+            got = [sparse_mla(*args, **scales(layout), pdl=mode) for mode in modes]
+            want = sparse_mla_ref(*args, **scales(layout))
+            name = f"{tokens} tokens, top {topk}"
+            assert_close(name, got[0], want, "bf16")
+            assert not got[0][2::4].count_nonzero(), f"{name}: no slot, no zeros"
+            for mode, other in zip(modes, got, strict=True):
+                assert torch.equal(other, got[0]), f"{name}: {mode} differs"
+
+
+@pytest.mark.parametrize("layout", ["fp8", "fp8_flat"])
+def test_fp8_against_full_precision(layout: str) -> None:
+    """Loose: FP8 rows against the rows that were written."""
+    c, r = DIMS[0]
+    written = torch.arange(1, 101)
+    generator = torch.Generator().manual_seed(7)
+    rows = torch.randn(100, c + r, generator=generator)
+    query = (torch.randn(3, 4, c + r, generator=generator) * 0.3).to(DEVICE, QUERY)
+    indices = written.expand(3, -1).contiguous().to(DEVICE)
+    query = query[..., :c], query[..., c:]
+    got = sparse_mla(
+        *query, cache(layout, rows, c, written), indices, **scales(layout), pdl="prefetch"
+    )
+    want = sparse_mla_ref(*query, cache(PLAIN, rows, c, written), indices, 0.1)
+    assert_close(layout, got, want, "fp8_weight")
+
+
+def test_latents_beyond_the_range_of_f16() -> None:
+    """fp8 rows from 1e-6 to 1e7 in one token; the scores come from the rope part alone."""
+    c, r = DIMS[0]
+    written = torch.arange(1, 65)
+    rows = torch.randn(64, c + r, generator=torch.Generator().manual_seed(8))
+    rows[:, :c] *= torch.logspace(-6, 7, 64)[:, None]
+    kv_buffer = cache("fp8", rows, c, written)
+    q_pe = torch.randn(1, 4, r, generator=torch.Generator().manual_seed(9)).to(DEVICE, QUERY)
+    q_latent = torch.zeros(1, 4, c, dtype=QUERY, device=DEVICE)
+    for count in (8, 64):  # the small ones alone too
+        args = q_latent, q_pe, kv_buffer, written[None, :count].contiguous().to(DEVICE), 0.1
+        got, want = sparse_mla(*args, pdl="prefetch").float(), sparse_mla_ref(*args).float()
+        assert want.abs().max() > 0
+        assert_close(f"{count} rows", got / want.abs().max(), want / want.abs().max(), "bf16")
+
+
+@pytest.mark.skipif(is_interpreted(), reason="4.8 GB")
+def test_slots_beyond_two_to_the_31_elements() -> None:
+    slots = 2**31 // 576 + 100
+    buffer = torch.full((slots, 576), float("nan"), dtype=torch.bfloat16, device="cuda")
+    indices = torch.tensor([[slots - 1, 5, slots - 40]], device="cuda")
+    buffer[indices[0]] = torch.randn(3, 576, device="cuda", dtype=torch.bfloat16)
+    query = torch.randn(1, 16, 576, device="cuda", dtype=torch.bfloat16)
+    args = query[..., :512], query[..., 512:], buffer, indices, 0.1
+    assert_close("far slots", sparse_mla(*args, pdl="prefetch"), sparse_mla_ref(*args), "bf16")
