@@ -92,7 +92,7 @@ def _gemv_kernel(
     pdl_end(PDL)
 
 
-def sizes(tile: Tile) -> dict[str, str | int]:
+def sizes(tile: Tile) -> dict[str, int]:
     """The kernel's constants; a program has half as many rows of a wider second type."""
     return {
         "BLOCK_N": tile.block_n,
