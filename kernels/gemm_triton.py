@@ -9,8 +9,7 @@ FP8 weights become bf16 exactly, by integer arithmetic, and each 128 columns' su
 In prefetch mode the first tiles of a program's weights are drawn into L2 before the wait.
 """
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import triton
@@ -195,7 +194,11 @@ def wide_sizes(tile: Tile) -> Sizes:
 
 
 def _spec(
-    kernel: Any, size: int, tiles: Sequence[Tile], sizes: Callable[[Tile], Sizes], n: str
+    kernel: Any,
+    size: int,
+    tiles: Callable[[bool], Iterable[Tile]],
+    sizes: Callable[[Tile], Sizes],
+    n: str,
 ) -> KernelSpec:
     """Of weights of `size` bytes; `n` is the type of the slots' numbers of rows."""
 
@@ -207,15 +210,13 @@ def _spec(
     return KernelSpec(kernel, rows, REPLAY_CONSTANT, capability, fp_fusion=True)
 
 
-def _narrow_spec(size: int) -> KernelSpec:
-    tiles = dict.fromkeys(itertools.chain(*tiles_gemm.LINEAR[size].narrow))
-    return _spec(_narrow_kernel, size, [*tiles], narrow_sizes, "i32")
-
-
-def _wide_spec(size: int) -> KernelSpec:
-    return _spec(_wide_kernel, size, tiles_gemm.LINEAR[size].wide, wide_sizes, "i32:16")
-
-
-NARROW = {size: _narrow_spec(size) for size in tiles_gemm.LINEAR}
-WIDE = {size: _wide_spec(size) for size in tiles_gemm.LINEAR}
+LINEAR = tiles_gemm.LINEAR
+NARROW = {
+    size: _spec(_narrow_kernel, size, LINEAR[size].narrow_tiles, narrow_sizes, "i32")
+    for size in LINEAR
+}
+WIDE = {
+    size: _spec(_wide_kernel, size, LINEAR[size].wide_tiles, wide_sizes, "i32:16")
+    for size in LINEAR
+}
 SPECS = (*NARROW.values(), *WIDE.values())

@@ -124,10 +124,14 @@ DENSE_SLOTS = (
 
 def launch_rows(
     slot_types: Iterable[tuple[tuple[str, str], ...]],
-    tiles: Iterable[Tile],
+    tiles: Callable[[bool], Iterable[Tile]],
     own: Callable[[Tile], Mapping[str, str | int | float]],
 ) -> tuple[Row, ...]:
-    """Launches of a kernel in each of `tiles`; `own` are its arguments beside the slots'."""
+    """Launches of a kernel.
+
+    `tiles` names the tiles of slots of one type and of several, `own` gives a tile's arguments
+    beside the slots'.
+    """
     launches = []
     for types in slot_types:
         arguments: Arguments = {"x": "*bf16:16", "k_size": "i32:16"}
@@ -135,5 +139,6 @@ def launch_rows(
             scale = "fp32" if weight == "fp8e4nv" else weight
             arguments |= {f"w{slot}": f"*{weight}:16", f"s{slot}": f"*{scale}:16"}
             arguments |= {f"o{slot}": f"*{out}:16", f"n{slot}": "i32"}
-        launches += [Row({**arguments, **own(t)}, t.num_warps, t.num_stages) for t in tiles]
+        for tile in dict.fromkeys(tiles(types[0] != types[-1])):
+            launches.append(Row({**arguments, **own(tile)}, tile.num_warps, tile.num_stages))
     return tuple(launches)
