@@ -1,26 +1,129 @@
-"""Linear layers: dense weights, FP8 weights in 128x128 blocks, and the fp32-out GEMM of the small
-gates.
+"""Linear layers: y[t, o] = sum_i x[t, i] w[o, i], summed in fp32 and rounded once to the output.
 
-linear:      y[t, o] = sum_i x[t, i] w[o, i]                          rounded once, to x's dtype
-FP8:         w[o, i] = w8[o, i] * scale[o // 128, i // 128]           activations stay unquantised
-(W8A16)
-gate_gemm:   the same with fp32 inputs and output: the router, the indexer's weights_proj, lm_head
+    BF16 weights    as they are
+    FP8 weights     w[o, i] = w8[o, i] * scale[o // 128, i // 128]; x stays unquantised (W8A16)
+
+`linear` is one projection (q_b, o_proj, the MLPs; with fp32 output lm_head and the small gates),
+`fused_linear` up to four of the same x in one launch, `fused_a_gemm` its use at the head of an
+attention layer (the "fused A GEMM" of TensorRT-LLM and SGLang, with the indexer's projections).
+Called by every layer. Kernels: gemv_triton (few tokens), gemm_triton (the others).
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minidsv.kernels.quant import dequantize_fp8_blocks
+from minidsv.kernels.pdl import PdlMode, triton_mode
+from minidsv.kernels.quant import block_scale_shape, dequantize_fp8_blocks
+
+MAX_SEGMENTS = 4
+WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
-    """x [T, in], weight [out, in] in x's dtype, or e4m3 with block scales -> [T, out]."""
-    if scale is None:
-        assert weight.dtype == x.dtype, f"{weight.dtype=} {x.dtype=}"
+@dataclass(frozen=True)
+class Segment:
+    """One projection: weight [out, in], block scales if e4m3, the output's dtype (None: x's)."""
+
+    weight: Tensor
+    scale: Tensor | None = None
+    out_dtype: torch.dtype | None = None
+
+
+def linear_ref(
+    x: Tensor, weight: Tensor, scale: Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """The projection in PyTorch."""
+    out_dtype = out_dtype or x.dtype
+    if scale is not None:
+        return F.linear(x.float(), dequantize_fp8_blocks(weight, scale)).to(out_dtype)
+    if out_dtype == x.dtype == weight.dtype:
         return F.linear(x, weight)
-    return F.linear(x.float(), dequantize_fp8_blocks(weight, scale)).to(x.dtype)
+    return F.linear(x.float(), weight.float()).to(out_dtype)
 
 
-def gate_gemm(x: Tensor, weight: Tensor) -> Tensor:
-    """x [T, in], weight [out, in] -> fp32 [T, out], accumulated in fp32."""
-    return F.linear(x.float(), weight.float())
+def _assert_segment(x: Tensor, segment: Segment) -> None:
+    weight, scale = segment.weight, segment.scale
+    assert x.dim() == 2, f"x {tuple(x.shape)} is not [T, in]"
+    assert weight.dim() == 2, f"weight {tuple(weight.shape)} is not [out, in]"
+    assert weight.shape[1] == x.shape[1], f"x {tuple(x.shape)}, weight {tuple(weight.shape)}"
+    if scale is None:
+        assert weight.dtype in WEIGHT_DTYPES, f"weight {weight.dtype} without scales"
+        same = weight.dtype == x.dtype or segment.out_dtype == torch.float32
+        assert same, f"x {x.dtype}, weight {weight.dtype}: one dtype, or fp32 out"
+    else:
+        assert weight.dtype == torch.float8_e4m3fn, f"weight {weight.dtype} with scales"
+        want = block_scale_shape(weight.shape[0], weight.shape[1])
+        assert tuple(scale.shape) == want, f"scale {tuple(scale.shape)} is not {want}"
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    pdl: PdlMode | None = None,
+) -> Tensor:
+    """x [T, in], weight [out, in], scale [ceil(out/128), ceil(in/128)] if e4m3 -> [T, out].
+
+    `out_dtype` None is x's; float32 keeps the accumulator (lm_head, the router, the indexer's
+    gate). `pdl`: None runs the reference, a mode the Triton kernel in that mode.
+    """
+    return fused_linear(x, (Segment(weight, scale, out_dtype),), pdl)[0]
+
+
+def fused_linear(
+    x: Tensor, segments: Sequence[Segment], pdl: PdlMode | None = None
+) -> list[Tensor]:
+    """Up to 4 projections of x [T, in] in one launch -> one [T, out] each, in order."""
+    assert 1 <= len(segments) <= MAX_SEGMENTS, f"{len(segments)} segments: 1 to {MAX_SEGMENTS}"
+    for segment in segments:
+        _assert_segment(x, segment)
+    mode = triton_mode(x, pdl)
+    if mode is None:
+        return [linear_ref(x, s.weight, s.scale, s.out_dtype) for s in segments]
+    from minidsv.kernels.linear_triton import project
+
+    return project(x, segments, mode)
+
+
+def fused_a_gemm(
+    x: Tensor,
+    q_a: Segment,
+    kv_a: Segment,
+    wk: Segment | None,
+    weights_proj: Tensor | None,
+    pdl: PdlMode | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Everything that an attention layer projects from x [T, hidden], in one launch.
+
+    q_a [q_lora, hidden], kv_a [kv_lora + rope, hidden], the indexer's wk [128, hidden] and
+    weights_proj [index heads, hidden], both None in a layer that owns no indexer -> the four
+    outputs in that order; weights_proj's is fp32.
+    """
+    segments = [q_a, kv_a]
+    if wk is not None:
+        segments.append(wk)
+    if weights_proj is not None:
+        segments.append(Segment(weights_proj, out_dtype=torch.float32))
+    outputs = iter(fused_linear(x, segments, pdl))
+    return (
+        next(outputs),
+        next(outputs),
+        None if wk is None else next(outputs),
+        None if weights_proj is None else next(outputs),
+    )
+
+
+def fused_linear_cost(tokens: int, segments: Sequence[Segment]) -> tuple[int, int]:
+    """(compulsory bytes: weights, scales, x and outputs once; FLOPs) with bf16 activations."""
+    hidden = segments[0].weight.shape[1]
+    nbytes, outputs = tokens * hidden * 2, 0
+    for s in segments:
+        rows = s.weight.shape[0]
+        nbytes += s.weight.nbytes + (0 if s.scale is None else s.scale.nbytes)
+        nbytes += tokens * rows * (s.out_dtype or torch.bfloat16).itemsize
+        outputs += rows
+    return nbytes, 2 * tokens * hidden * outputs

@@ -6,8 +6,12 @@ the same options. In the kernel, `pdl_begin` stands in straight-line code before
 to anything that changes during a replay, `pdl_end` after the last.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from importlib import import_module
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -45,6 +49,11 @@ class Row:
         types = [t for t in self.arguments.values() if isinstance(t, str) and t[0] == "*"]
         return tuple(t[1:].removesuffix(":16") for t in types)
 
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """The pointees without the indices'."""
+        return tuple(t for t in self.pointees if not t.startswith("i"))
+
 
 @dataclass(frozen=True)
 class KernelSpec:
@@ -59,6 +68,14 @@ class KernelSpec:
     @property
     def name(self) -> str:
         return self.kernel.__name__.strip("_")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle: the kernel by its name, as pickle takes functions."""
+        return vars(self) | {"kernel": (self.kernel.__module__, self.kernel.__name__)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        module, name = state["kernel"]
+        self.__dict__.update(state | {"kernel": getattr(import_module(module), name)})
 
     def compile_options(self, num_warps: int, num_stages: int, mode: PdlMode) -> dict[str, Any]:
         """Options of a launch, and of the same row's ahead-of-time compilation."""
@@ -76,4 +93,28 @@ class KernelSpec:
         """Run the kernel on `args`, unless the grid is empty; `mode` is `pdl.triton_mode`'s."""
         if 0 not in grid:
             options = self.compile_options(num_warps, num_stages, mode)
-            self.kernel[grid](**args, PDL=mode, **options)
+            compiled = self.kernel[grid](**args, PDL=mode, **options)
+            if (record := _RECORD.get()) is not None:
+                record[compiled.hash] = Launch(self, mode, compiled)
+
+
+class Launch(NamedTuple):
+    """A binary that was started."""
+
+    spec: KernelSpec
+    mode: PdlMode
+    compiled: Any  # triton's CompiledKernel
+
+
+_RECORD: ContextVar[dict[str, Launch] | None] = ContextVar("_RECORD", default=None)
+
+
+@contextmanager
+def recorded_launches() -> Iterator[dict[str, Launch]]:
+    """Every binary that this thread starts meanwhile, once each, by Triton's hash."""
+    record: dict[str, Launch] = {}
+    token = _RECORD.set(record)
+    try:
+        yield record
+    finally:
+        _RECORD.reset(token)

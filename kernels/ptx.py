@@ -143,8 +143,8 @@ class PtxKernel:
                 continue
             read = {name for o in operands[1:] for name in _REGISTER.findall(o)}
             if instruction.root in ("ld", "ldu", "atom", "ldmatrix", "call", "multimem"):
-                read &= set(self.parameters)
-                read = read if "param" in instruction.parts and read else {LOADED}
+                # LLVM may load one of several parameters through a selected address
+                read = read if "param" in instruction.parts else {LOADED}
             for register in _REGISTER.findall(operands[0]):
                 sources[register] |= read
         return sources

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from minidsv.kernels.constants import FP8_BLOCK
+from minidsv.kernels.pdl import PdlMode, triton_mode
 
 E4M3_MAX = 448.0
 AMAX_FLOOR = 1e-4
@@ -36,16 +37,39 @@ def _to_e4m3(x: Tensor) -> Tensor:
     return x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
-def per_token_group_quant_fp8(
+def per_token_group_quant_fp8_ref(
     x: Tensor, group_size: int = FP8_BLOCK, ue8m0: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Quantise the last axis: x [..., D] -> e4m3 [..., D], fp32 [..., D / group_size]."""
-    assert x.shape[-1] % group_size == 0, (
-        f"last axis {x.shape[-1]} is not a multiple of {group_size}"
-    )
+    """per_token_group_quant_fp8 in PyTorch."""
     groups = x.float().unflatten(-1, (-1, group_size))  # [..., G, group_size]
     scale = _scales(groups.abs().amax(-1), ue8m0)
     return _to_e4m3(groups / scale.unsqueeze(-1)).flatten(-2), scale
+
+
+def per_token_group_quant_fp8(
+    x: Tensor, group_size: int = FP8_BLOCK, ue8m0: bool = False, pdl: PdlMode | None = None
+) -> tuple[Tensor, Tensor]:
+    """Quantise the last axis: x [..., D] -> e4m3 [..., D], fp32 [..., D / group_size].
+
+    `pdl`: None runs the reference; a mode the Triton kernel in that mode, on x [T, D] with rows of
+    any stride and a group_size that is a power of two.
+    """
+    assert x.shape[-1] % group_size == 0, (
+        f"last axis {x.shape[-1]} is not a multiple of {group_size}"
+    )
+    mode = triton_mode(x, pdl)
+    if mode is None:
+        return per_token_group_quant_fp8_ref(x, group_size, ue8m0)
+    from minidsv.kernels.quant_triton import quantize_groups
+
+    return quantize_groups(x, group_size, ue8m0, mode)
+
+
+def per_token_group_quant_fp8_cost(
+    tokens: int, dim: int, group_size: int = FP8_BLOCK, itemsize: int = 2
+) -> tuple[int, int]:
+    """Bytes (x, e4m3, scales) and FLOPs."""
+    return tokens * (dim * (itemsize + 1) + 4 * dim // group_size), 3 * tokens * dim
 
 
 def dequantize_groups(q: Tensor, scale: Tensor) -> Tensor:

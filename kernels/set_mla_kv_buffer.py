@@ -55,7 +55,8 @@ def set_mla_kv_buffer_fp8_quant_ref(
     kv_buffer.view(torch.uint8)[loc.long()] = bytes_
 
 
-def _assert_rows(kv_buffer: Tensor, loc: Tensor, k_nope: Tensor, k_rope: Tensor) -> None:
+def assert_rows(kv_buffer: Tensor, loc: Tensor, k_nope: Tensor, k_rope: Tensor, width: int) -> None:
+    """loc [T], k_nope [T, C], k_rope [T, r] of one dtype, rows of `width` in the buffer."""
     assert loc.dim() == 1, f"loc {tuple(loc.shape)} is not [T]"
     assert loc.dtype in (torch.int32, torch.int64), f"loc {loc.dtype} is not int32 or int64"
     assert k_nope.shape[:-1] == k_rope.shape[:-1] == loc.shape, (
@@ -64,9 +65,6 @@ def _assert_rows(kv_buffer: Tensor, loc: Tensor, k_nope: Tensor, k_rope: Tensor)
     assert k_nope.dtype == k_rope.dtype, f"k_nope {k_nope.dtype}, k_rope {k_rope.dtype}"
     assert kv_buffer.dim() == 2, f"kv_buffer {tuple(kv_buffer.shape)} is not [num_slots, row]"
     assert kv_buffer.stride(1) == 1, f"kv_buffer strides {kv_buffer.stride()}: want contiguous rows"
-
-
-def _assert_width(kv_buffer: Tensor, width: int) -> None:
     assert kv_buffer.shape[1] == width, (
         f"kv_buffer {tuple(kv_buffer.shape)} {kv_buffer.dtype}: its rows must hold {width}"
     )
@@ -81,8 +79,7 @@ def set_mla_kv_buffer(
     copied; loc [T] int32 or int64, distinct; k_nope [T, C], k_rope [T, r], any strides. `pdl`:
     None runs the reference, a mode the Triton kernel in that mode (CPU tensors: the reference).
     """
-    _assert_rows(kv_buffer, loc, k_nope, k_rope)
-    _assert_width(kv_buffer, k_nope.shape[1] + k_rope.shape[1])
+    assert_rows(kv_buffer, loc, k_nope, k_rope, k_nope.shape[-1] + k_rope.shape[-1])
     assert kv_buffer.element_size() > 1 or kv_buffer.dtype == k_nope.dtype, (
         f"{kv_buffer.dtype} rows are copied, not quantised: k_nope is {k_nope.dtype}"
     )
@@ -103,11 +100,10 @@ def set_mla_kv_buffer_fp8_quant(
     pdl: PdlMode | None = None,
 ) -> None:
     """The same in FP8: an e4m3 buffer takes the flat row over `scale`, a uint8 one the fp8 row."""
-    _assert_rows(kv_buffer, loc, k_nope, k_rope)
     assert kv_buffer.dtype in (torch.float8_e4m3fn, torch.uint8), f"{kv_buffer.dtype=}"
-    c, r = k_nope.shape[1], k_rope.shape[1]
+    c, r = k_nope.shape[-1], k_rope.shape[-1]
     flat = kv_buffer.dtype == torch.float8_e4m3fn
-    _assert_width(kv_buffer, c + r if flat else fp8_row_bytes(c, r))
+    assert_rows(kv_buffer, loc, k_nope, k_rope, c + r if flat else fp8_row_bytes(c, r))
     mode = triton_mode(kv_buffer, pdl)
     if mode is None:
         return set_mla_kv_buffer_fp8_quant_ref(kv_buffer, loc, k_nope, k_rope, scale)

@@ -21,9 +21,11 @@ from torch import Tensor
 from triton import next_power_of_2
 
 from minidsv.kernels.launch import KernelSpec, Row, pdl_begin, pdl_end
+from minidsv.kernels.launch_config import launch_config
 from minidsv.kernels.pdl import PdlMode
 from minidsv.kernels.quant import AMAX_FLOOR, E4M3_MAX
 from minidsv.kernels.set_mla_kv_buffer import fp8_row_bytes
+from minidsv.kernels.tiles_small import TABLES
 
 
 @triton.jit
@@ -144,7 +146,8 @@ def _rows(
         arguments: dict[str, str | int | float] = {n: f"*{t}:16" for n, t in outputs.items()}
         arguments["slot_stride"] = "i32" if row_size(c, r) % 16 else "i32:16"
         arguments |= dict.fromkeys(("k_nope", "k_rope"), f"*{keys}{align}")
-        rows.append(Row(arguments | {"loc": loc, **strides, **_sizes(c, r), **more}))
+        arguments |= {"loc": loc, **strides, **_sizes(c, r), **more}
+        rows += [Row(arguments, tile.num_warps) for tile in TABLES["set_mla_kv_buffer"]]
     return tuple(rows)
 
 
@@ -178,6 +181,12 @@ def _inputs(kv_buffer: Tensor, loc: Tensor, k_nope: Tensor, k_rope: Tensor) -> d
     return keys | strides | _sizes(k_nope.shape[1], k_rope.shape[1])
 
 
+def _launch(spec: KernelSpec, mode: PdlMode, args: dict[str, Any]) -> None:
+    tokens = len(args["loc"])
+    tile = launch_config("set_mla_kv_buffer", tokens, (args["C"], args["R"]))
+    spec.launch((tokens,), mode, args, tile.num_warps)
+
+
 def copy_rows(
     kv_buffer: Tensor, loc: Tensor, k_nope: Tensor, k_rope: Tensor, mode: PdlMode
 ) -> None:
@@ -185,7 +194,7 @@ def copy_rows(
     if kv_buffer.element_size() == 1:
         kv_buffer, k_nope, k_rope = (x.view(torch.uint8) for x in (kv_buffer, k_nope, k_rope))
     args = _inputs(kv_buffer, loc, k_nope, k_rope)
-    COPY.launch(loc.shape, mode, args | {"kv_buffer": kv_buffer})
+    _launch(COPY, mode, args | {"kv_buffer": kv_buffer})
 
 
 def write_flat_rows(
@@ -193,7 +202,7 @@ def write_flat_rows(
 ) -> None:
     """kv_buffer e4m3 [num_slots, C + r]."""
     args = _inputs(kv_buffer, loc, k_nope, k_rope)
-    FLAT.launch(loc.shape, mode, args | {"kv_buffer": kv_buffer, "scale": scale, "MAX": E4M3_MAX})
+    _launch(FLAT, mode, args | {"kv_buffer": kv_buffer, "scale": scale, "MAX": E4M3_MAX})
 
 
 def write_fp8_rows(
@@ -206,4 +215,4 @@ def write_fp8_rows(
         "rope_out": kv_buffer.view(torch.bfloat16),
     }
     args = _inputs(kv_buffer, loc, k_nope, k_rope)
-    FP8.launch(loc.shape, mode, args | views | FP8_LIMITS)
+    _launch(FP8, mode, args | views | FP8_LIMITS)

@@ -28,13 +28,14 @@ def sparse_mla_ref(
     scale: float,
     kv_scale: float = 1.0,
     q_scale: float = 1.0,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """The same in PyTorch, fp32 inside."""
     latent_dim = q_latent.shape[-1]
     query = torch.cat((q_latent.float(), q_pe.float()), -1)
     if q_latent.dtype == torch.float8_e4m3fn:
         query *= q_scale
-    out = torch.empty_like(q_latent, dtype=output_dtype(q_latent))
+    out = torch.empty_like(q_latent, dtype=out_dtype or output_dtype(q_latent))
     step = max(1, _CHUNK_ELEMENTS // max(1, topk_indices.shape[1] * query.shape[-1]))
     for start in range(0, query.shape[0], step):
         chunk = slice(start, start + step)
@@ -91,6 +92,7 @@ def sparse_mla(
     scale: float,
     kv_scale: float = 1.0,
     q_scale: float = 1.0,
+    out_dtype: torch.dtype | None = None,
     pdl: PdlMode | None = None,
 ) -> Tensor:
     """Attend each token to its slots.
@@ -98,14 +100,16 @@ def sparse_mla(
     q_latent [T, H, C], q_pe [T, H, r] of one dtype; kv_buffer [num_slots, row], any of
     `set_mla_kv_buffer`'s layouts; topk_indices int64 [T, K], -1 = none. With the flat e4m3 rows
     (over `kv_scale`) the query may be e4m3 too (over `q_scale`, both parts). Returns the latent
-    output [T, H, C] in the query's dtype, bf16 for an e4m3 query. `pdl`: None runs the reference,
-    a mode the Triton kernels in that mode (CPU tensors: the reference).
+    output [T, H, C] in `out_dtype` (None: the query's, bf16 for an e4m3 query). `pdl`: None runs
+    the reference, a mode the Triton kernels in that mode (CPU tensors: the reference).
     """
     _assert_inputs(q_latent, q_pe, kv_buffer, topk_indices)
     _assert_scales(q_latent, kv_buffer, kv_scale, q_scale)
     mode = triton_mode(q_latent, pdl)
     if mode is None:
-        return sparse_mla_ref(q_latent, q_pe, kv_buffer, topk_indices, scale, kv_scale, q_scale)
+        return sparse_mla_ref(
+            q_latent, q_pe, kv_buffer, topk_indices, scale, kv_scale, q_scale, out_dtype
+        )
     from minidsv.kernels.sparse_mla_triton import attend
 
     assert kv_buffer.is_contiguous(), (
@@ -113,7 +117,8 @@ def sparse_mla(
     )
     for name, x in (("q_latent", q_latent), ("q_pe", q_pe), ("topk_indices", topk_indices)):
         assert x.stride(-1) == 1, f"{name} strides {x.stride()}: want a last axis of step 1"
-    out = torch.empty(q_latent.shape, dtype=output_dtype(q_latent), device=q_latent.device)
+    out_dtype = out_dtype or output_dtype(q_latent)
+    out = torch.empty(q_latent.shape, dtype=out_dtype, device=q_latent.device)
     attend(q_latent, q_pe, kv_buffer, topk_indices, out, scale * kv_scale * q_scale, kv_scale, mode)
     return out
 

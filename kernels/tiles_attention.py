@@ -4,6 +4,10 @@ block_m heads of one token a program, block_n slots a step, `split` programs a t
 64 heads a program runs on mma, from 64 on warpgroup mma; splits fill the SMs of an H100 once.
 """
 
+from functools import partial
+
+from minidsv.kernels.tile import Rule, Tile
+
 SMS = 132
 MOST_SPLITS = 32
 Field = tuple[int, int, int, int]  # block_m, block_n, num_warps, num_stages
@@ -19,9 +23,12 @@ def split_for(programs: int, steps: int) -> int:
     return split
 
 
-def fields(layout: str, tokens: int, heads: int, topk: int) -> tuple[int, int, int, int, int]:
-    """block_m, block_n, split, num_warps, num_stages."""
+def _rule(layout: str, tokens: int, dims: tuple[int, ...]) -> Tile:
+    heads, topk = dims
     wide = heads > 32 and tokens * -(-heads // 64) >= 16
     block_m, block_n, warps, stages = (WIDE if wide else NARROW)[layout]
-    programs = tokens * -(-heads // block_m)
-    return block_m, block_n, split_for(max(programs, 1), -(-topk // block_n)), warps, stages
+    programs = max(1, tokens * -(-heads // block_m))
+    return Tile(block_m, block_n, 1, split_for(programs, -(-topk // block_n)), warps, stages)
+
+
+TILES: dict[str, Rule] = {f"sparse_mla_{layout}": partial(_rule, layout) for layout in WIDE}

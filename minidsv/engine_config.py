@@ -30,7 +30,9 @@ class EngineConfig:
         "auto", "weights: as stored, dequantised, FP8 on load", "auto", "none", "fp8"
     )
     load_format: str = _option("auto", "read the checkpoint, or random weights", "auto", "random")
-    backend: str = _option("auto", "operators", "auto", "torch", "flashinfer")
+    backend: str = _option(
+        "auto", "operators (auto: triton where it can run)", "auto", "torch", "triton", "flashinfer"
+    )
     max_model_len: int | None = _option(None, "longest prompt + output, in tokens")
     max_num_seqs: int = _option(64, "most requests that run at once")
     max_num_batched_tokens: int = _option(8192, "most tokens in one step")

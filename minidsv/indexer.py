@@ -15,69 +15,72 @@ from torch import Tensor
 
 from minidsv.batch import StepBatch
 from minidsv.config import ModelConfig
-from minidsv.kernels.gemm import gate_gemm
-from minidsv.kernels.index_cache import rotate_quantize, set_index_k_buffer
-from minidsv.kernels.indexer_logits import paged_index_logits
-from minidsv.kernels.norm import layer_norm
-from minidsv.kernels.rope import apply_rope
-from minidsv.kernels.topk import positions_to_slots, topk_positions
+from minidsv.kernels.indexer_logits import chunk_rows, paged_index_logits
+from minidsv.kernels.indexer_prep import index_k_write, index_q_prep
+from minidsv.kernels.pdl import PdlMode
+from minidsv.kernels.topk import select_topk
 from minidsv.layers import LayerWeights
 
 K_NORM_EPS = 1e-6  # a LayerNorm's, whatever rms_norm_eps is
-_CHUNK_ELEMENTS = 1 << 20  # scores of all heads held at a time: 4 MiB of fp32
-
-
-def apply_q_scale_and_softmax_scale(
-    weights: Tensor, q_scale: Tensor, softmax_scale: float
-) -> Tensor:
-    """Fold q's FP8 scales into the gates: [T, H], [T, H, 1] -> [T, H] (SGLang PR 23965)."""
-    return (weights.unsqueeze(-1) * q_scale * softmax_scale).squeeze(-1)
 
 
 class Indexer:
-    """One layer's indexer over its own cache of keys."""
+    """One layer's indexer over its own cache of keys; its projections run with the attention's."""
 
-    def __init__(self, config: ModelConfig, weights: LayerWeights, cache: Tensor):
-        self.config, self.cache = config, cache
+    def __init__(
+        self, config: ModelConfig, weights: LayerWeights, cache: Tensor, pdl: PdlMode | None
+    ):
+        self.config, self.cache, self.pdl = config, cache, pdl
         self.wq_b = weights.linear("indexer.wq_b")
         self.wk = weights.linear("indexer.wk")
         self.weights_proj = weights["indexer.weights_proj"].data
         self.k_norm = weights["indexer.k_norm"].data
         self.k_norm_bias = weights["indexer.k_norm_bias"].data
 
-    def write_keys(self, x: Tensor, step: StepBatch, rope: tuple[Tensor, Tensor]) -> None:
-        """Cache the keys of x [T, hidden]; every token's, also when no step scores them yet."""
-        k = layer_norm(self.wk(x), self.k_norm, self.k_norm_bias, K_NORM_EPS)
-        set_index_k_buffer(self.cache, step.slot_mapping, self._rope_first(k, rope))
+    def write_keys(self, k: Tensor, step: StepBatch, rope: tuple[Tensor, Tensor]) -> None:
+        """Cache the keys k [T, D] = wk x; every token's, also when no step scores them yet."""
+        index_k_write(
+            self.cache,
+            step.slot_mapping,
+            k,
+            self.k_norm,
+            self.k_norm_bias,
+            K_NORM_EPS,
+            *rope,
+            self.config.indexer_rope_interleave,
+            self.pdl,
+        )
 
-    def select(self, x: Tensor, qr: Tensor, step: StepBatch, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """x [T, hidden], qr [T, q_lora_rank] -> physical slots int64 [T, K], -1 padded."""
+    def select(
+        self, q: Tensor, gate: Tensor, step: StepBatch, rope: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """q [T, H * D] = wq_b qr, gate fp32 [T, H] = weights_proj x -> physical slots int64 [T, K],
+        -1 padded."""
         c = self.config
-        q = self.wq_b(qr).unflatten(-1, (c.index_n_heads, c.index_head_dim))
-        q = self._rope_first(q, rope)
-        gate = gate_gemm(x, self.weights_proj) * c.index_n_heads**-0.5
-        if self.cache.dtype == torch.uint8:
-            q, q_scale = rotate_quantize(q)
-            gate = apply_q_scale_and_softmax_scale(gate, q_scale, c.index_head_dim**-0.5)
-        else:
-            gate = gate * c.index_head_dim**-0.5
-        rows = max(1, _CHUNK_ELEMENTS // (c.index_n_heads * step.max_seq_len))
+        q, gate = index_q_prep(
+            q.unflatten(-1, (c.index_n_heads, c.index_head_dim)),
+            gate,
+            *rope,
+            c.indexer_rope_interleave,
+            softmax_scale=c.index_head_dim**-0.5,
+            head_scale=c.index_n_heads**-0.5,
+            fp8=self.cache.dtype == torch.uint8,
+            pdl=self.pdl,
+        )
+        rows = chunk_rows(q, step.max_seq_len, self.pdl)
         chunks = [
-            self._select_rows(q[i : i + rows].float(), gate[i : i + rows], step, slice(i, i + rows))
+            self._select_rows(q[i : i + rows], gate[i : i + rows], step, slice(i, i + rows))
             for i in range(0, q.shape[0], rows)
         ]
-        topk_indices = torch.cat(chunks)
+        topk_indices = torch.cat(chunks) if len(chunks) > 1 else chunks[0]
         if step.selections is not None:
             step.selections.record(topk_indices)
         return topk_indices
 
     def _select_rows(self, q: Tensor, gate: Tensor, step: StepBatch, rows: slice) -> Tensor:
-        seq_lens, request_index = step.seq_lens[rows], step.request_index[rows]
-        logits = paged_index_logits(q, gate, self.cache, step.block_table, seq_lens, request_index)
-        positions = topk_positions(logits, seq_lens, self.config.index_topk)
-        return positions_to_slots(positions, step.block_table, request_index)
-
-    def _rope_first(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        c = self.config
-        turned, rest = x.split((c.qk_rope_head_dim, c.index_head_dim - c.qk_rope_head_dim), -1)
-        return torch.cat((apply_rope(turned, *rope, c.indexer_rope_interleave), rest), -1)
+        seq_lens, request_index, pdl = step.seq_lens[rows], step.request_index[rows], self.pdl
+        logits = paged_index_logits(
+            q, gate, self.cache, step.block_table, seq_lens, request_index, step.max_seq_len, pdl
+        )
+        k = self.config.index_topk
+        return select_topk(logits, seq_lens, k, step.block_table, request_index, pdl)

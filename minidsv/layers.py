@@ -1,32 +1,22 @@
-"""The small layers: a linear over one parameter, norms, the dense MLP."""
+"""What layers are made of: whose operators run, a layer's parameters by name, the dense MLP."""
 
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from minidsv.checkpoint import Weight
-from minidsv.kernels.gemm import linear
+from minidsv.kernels.gemm import Segment
 from minidsv.kernels.moe import swiglu_mlp
-from minidsv.kernels.norm import rms_norm
+from minidsv.kernels.pdl import PdlMode
+from minidsv.kernels.rope_quant import RopeQuantBackend
 
 
-@dataclass
-class Linear:
-    """y = x w^T; w is [out, in], float or FP8 with block scales."""
+@dataclass(frozen=True)
+class Operators:
+    """Whose operators a model runs: the references, or Triton's kernels in a PDL mode."""
 
-    weight: Weight
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight.data, self.weight.scale)
-
-
-@dataclass
-class RMSNorm:
-    weight: Tensor
-    eps: float
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+    pdl: PdlMode | None = None
+    rope_quant: RopeQuantBackend = "triton"  # for flat FP8 caches
 
 
 @dataclass
@@ -35,9 +25,11 @@ class MLP:
 
     gate_up: Weight
     down: Weight
+    pdl: PdlMode | None
 
     def __call__(self, x: Tensor) -> Tensor:
-        return swiglu_mlp(x, self.gate_up.data, self.gate_up.scale, self.down.data, self.down.scale)
+        gate_up, down = self.gate_up, self.down
+        return swiglu_mlp(x, gate_up.data, gate_up.scale, down.data, down.scale, self.pdl)
 
 
 class LayerWeights:
@@ -49,11 +41,9 @@ class LayerWeights:
     def __getitem__(self, name: str) -> Weight:
         return self._weights[self._prefix + name]
 
-    def linear(self, name: str) -> Linear:
-        return Linear(self[name])
+    def linear(self, name: str) -> Segment:
+        weight = self[name]
+        return Segment(weight.data, weight.scale)
 
-    def norm(self, name: str, eps: float) -> RMSNorm:
-        return RMSNorm(self[name].data, eps)
-
-    def mlp(self, name: str) -> MLP:
-        return MLP(self[f"{name}.gate_up_proj"], self[f"{name}.down_proj"])
+    def mlp(self, name: str, pdl: PdlMode | None) -> MLP:
+        return MLP(self[f"{name}.gate_up_proj"], self[f"{name}.down_proj"], pdl)

@@ -1,43 +1,61 @@
 """The whole forward pass of DeepSeek-V3.2 and GLM-5 on one screen."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from minidsv.batch import StepBatch
 from minidsv.checkpoint import Weight
 from minidsv.config import ModelConfig
-from minidsv.kernels.gemm import gate_gemm
-from minidsv.kernels.norm import add_rms_norm
+from minidsv.kernels.embedding import embedding
+from minidsv.kernels.gemm import linear
+from minidsv.kernels.norm import add_rms_norm, rms_norm
 from minidsv.kernels.topk import all_slots
 from minidsv.kv_cache import KVCache
-from minidsv.layers import MLP, LayerWeights
+from minidsv.layers import MLP, LayerWeights, Operators
 from minidsv.mla import MLA
 from minidsv.moe import MoE
 from minidsv.rope import Rope
 
 
 class DecoderLayer:
-    def __init__(self, config: ModelConfig, weights: LayerWeights, layer: int, cache: KVCache):
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: LayerWeights,
+        layer: int,
+        cache: KVCache,
+        operators: Operators,
+    ):
         self.input_gain = weights["input_layernorm"].data
         self.post_attention_gain = weights["post_attention_layernorm"].data
-        self.attention = MLA(config, weights, layer, cache)
-        self.mlp: MoE | MLP = MoE(config, weights) if config.is_moe(layer) else weights.mlp("mlp")
+        self.attention = MLA(config, weights, layer, cache, operators)
+        self.mlp: MoE | MLP = (
+            MoE(config, weights, operators.pdl)
+            if config.is_moe(layer)
+            else weights.mlp("mlp", operators.pdl)
+        )
 
 
 class DeepseekV32:
     """A model over its caches; a step is any mix of prefill chunks and decode tokens."""
 
-    def __init__(self, config: ModelConfig, weights: dict[str, Weight], cache: KVCache):
-        self.config = config
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: dict[str, Weight],
+        cache: KVCache,
+        operators: Operators,
+    ):
+        self.config, self.pdl = config, operators.pdl
         self.embed_tokens = weights["embed_tokens"].data
         self.layers = [
-            DecoderLayer(config, LayerWeights(weights, layer), layer, cache)
+            DecoderLayer(config, LayerWeights(weights, layer), layer, cache, operators)
             for layer in range(config.num_hidden_layers)
         ]
         self.norm = weights["norm"].data
         self.lm_head = weights["lm_head"].data
-        self.rope = Rope(config.rope, config.qk_rope_head_dim, self.embed_tokens.device)
+        device = self.embed_tokens.device
+        self.rope = Rope(config.rope, config.qk_rope_head_dim, device, operators.pdl)
 
     @torch.inference_mode()
     def forward(self, step: StepBatch) -> tuple[Tensor, Tensor]:
@@ -46,19 +64,26 @@ class DeepseekV32:
         Returns (hidden after model.norm [L, hidden], logits fp32 [L, vocab]) of the L tokens of
         `step.logits_index`.
         """
-        eps = self.config.rms_norm_eps
+        eps, pdl = self.config.rms_norm_eps, self.pdl
         rope = self.rope.at(step.positions)
         dense = None  # every visible slot, when there is nothing to choose
         if step.max_seq_len <= self.config.index_topk:
-            dense = all_slots(step.seq_lens, step.block_table, step.request_index)
+            dense = all_slots(
+                step.seq_lens, step.block_table, step.request_index, step.max_seq_len, pdl
+            )
         topk_indices = None  # the slots that the last full layer selected
-        residual = F.embedding(step.input_ids, self.embed_tokens)
-        out = torch.zeros_like(residual)
+        residual = embedding(step.input_ids, self.embed_tokens, pdl)
+        out: Tensor | None = None
         for layer in self.layers:
-            x, residual = add_rms_norm(out, residual, layer.input_gain, eps)
+            if out is None:
+                x = rms_norm(residual, layer.input_gain, eps, pdl)
+            else:
+                x, residual = add_rms_norm(out, residual, layer.input_gain, eps, pdl)
             out, topk_indices = layer.attention(x, step, rope, topk_indices, dense)
-            x, residual = add_rms_norm(out, residual, layer.post_attention_gain, eps)
+            x, residual = add_rms_norm(out, residual, layer.post_attention_gain, eps, pdl)
             out = layer.mlp(x)
+        assert out is not None, "num_hidden_layers is at least 1"
         rows = step.logits_index
-        hidden, _ = add_rms_norm(out[rows], residual[rows], self.norm, eps)
-        return hidden, gate_gemm(hidden, self.lm_head)
+        out, residual = embedding(rows, out, pdl), embedding(rows, residual, pdl)
+        hidden, _ = add_rms_norm(out, residual, self.norm, eps, pdl)
+        return hidden, linear(hidden, self.lm_head, out_dtype=torch.float32, pdl=pdl)

@@ -5,40 +5,69 @@ from pathlib import Path
 
 import torch
 
+from minidsv.backend import Capability, device_name, settle_backend, settle_pdl
 from minidsv.config import ModelConfig
 from minidsv.engine_config import EngineConfig
 from minidsv.errors import ConfigError
 from minidsv.kernels.constants import FP8_BLOCK
 
+FP8_CAPABILITY = (8, 9)
+
 
 def resolve(config: EngineConfig, model: ModelConfig) -> EngineConfig:
     """Settle every "auto" but num_pages (the runner's); raises ConfigError."""
     device = _device(config.device)
-    on_cpu = device == "cpu"
-    _refuse_unbuilt(config)
-    fp8_keys = not on_cpu and torch.cuda.get_device_capability(device) >= (8, 9)
-    auto_kv, auto_index = (
-        ("float32",) * 2 if on_cpu else ("bfloat16", "fp8" if fp8_keys else "bfloat16")
-    )
-    max_model_len = config.max_model_len or model.max_position_embeddings
+    return settle(replace(config, device=device), model, _capability(device))
+
+
+def settle(config: EngineConfig, model: ModelConfig, capability: Capability | None) -> EngineConfig:
+    """`resolve` for a device whose CUDA compute capability is known; None stands for no CUDA."""
+    on_cpu = config.device == "cpu"
+    if config.cuda_graph == "on":
+        raise ConfigError("cuda_graph: 'on' is not built yet; accepted: 'auto', 'off'")
+    kv, index = ("float32",) * 2 if on_cpu else ("bfloat16",) * 2
+    if capability is not None and capability >= FP8_CAPABILITY and has_fp8_index_keys(model):
+        index = "fp8"
     resolved = replace(
         config,
-        device=device,
         dtype=_auto(config.dtype, "float32" if on_cpu else "bfloat16"),
-        kv_cache_dtype=_auto(config.kv_cache_dtype, auto_kv),
-        index_cache_dtype=_auto(config.index_cache_dtype, auto_index),
-        pdl="off",
+        kv_cache_dtype=_auto(config.kv_cache_dtype, kv),
+        index_cache_dtype=_auto(config.index_cache_dtype, index),
         cuda_graph="off",
-        backend="torch",
-        max_model_len=max_model_len,
+        max_model_len=config.max_model_len or model.max_position_embeddings,
     )
+    _check_model_len(resolved, model)
     check_cache_dtypes(model, resolved.kv_cache_dtype, resolved.index_cache_dtype)
-    if max_model_len > model.max_position_embeddings:
+    if capability is not None and capability < FP8_CAPABILITY:
+        resolved = _without_fp8(resolved, model, capability)
+    resolved = replace(resolved, backend=settle_backend(resolved, capability))
+    return replace(resolved, pdl=settle_pdl(resolved, capability))
+
+
+def _check_model_len(config: EngineConfig, model: ModelConfig) -> None:
+    most = model.max_position_embeddings
+    if config.max_model_len is not None and config.max_model_len > most:
         raise ConfigError(
-            f"max_model_len: {max_model_len} is more than the model's "
-            f"max_position_embeddings {model.max_position_embeddings}"
+            f"max_model_len: {config.max_model_len} is more than the model's "
+            f"max_position_embeddings {most}"
         )
-    return resolved
+
+
+def _without_fp8(config: EngineConfig, model: ModelConfig, capability: Capability) -> EngineConfig:
+    """Refuse FP8 weights and caches; FP8 tensors of a BF16 checkpoint are dequantised on load."""
+    found = device_name(config.device, capability)
+    if config.quantization == "fp8" or (model.fp8_weights and config.quantization == "auto"):
+        raise ConfigError(
+            f"quantization: {config.quantization!r} keeps FP8 weights, which need capability 8.9, "
+            f"and {found}; accepted here: 'none' (dequantised on load)"
+        )
+    for name in ("kv_cache_dtype", "index_cache_dtype"):
+        if (value := getattr(config, name)).startswith("fp8"):
+            raise ConfigError(
+                f"{name}: {value!r} needs capability 8.9, and {found}; "
+                "accepted here: 'auto', 'float32', 'bfloat16'"
+            )
+    return replace(config, quantization="none")
 
 
 def _auto(value: str, default: str) -> str:
@@ -62,14 +91,10 @@ def _device(name: str) -> str:
     return f"cuda:{device.index or 0}"
 
 
-def _refuse_unbuilt(config: EngineConfig) -> None:
-    for name, value, why in (
-        ("pdl", "on", "the torch backend launches no kernels of ours; accepted: 'auto', 'off'"),
-        ("cuda_graph", "on", "the torch backend cannot be captured; accepted: 'auto', 'off'"),
-        ("backend", "flashinfer", "no operator uses it yet; accepted: 'auto', 'torch'"),
-    ):
-        if getattr(config, name) == value:
-            raise ConfigError(f"{name}: {value!r} is not available: {why}")
+def _capability(device: str) -> Capability | None:
+    if device == "cpu" or torch.version.hip:
+        return None
+    return torch.cuda.get_device_capability(device)
 
 
 def has_fp8_rows(model: ModelConfig) -> bool:

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from minidsv.config import RopeConfig
+from minidsv.kernels.pdl import PdlMode
+from minidsv.kernels.rope import rope_cos_sin
 
 
 def inv_freq(rope: RopeConfig, dim: int) -> Tensor:
@@ -30,11 +32,12 @@ def inv_freq(rope: RopeConfig, dim: int) -> Tensor:
 class Rope:
     """cos and sin of a model's positions, computed a step at a time: no table of a long context."""
 
-    def __init__(self, rope: RopeConfig, dim: int, device: torch.device):
+    def __init__(
+        self, rope: RopeConfig, dim: int, device: torch.device, pdl: PdlMode | None = None
+    ):
         self._inv_freq = inv_freq(rope, dim).to(device)
-        self._scale = rope.cos_sin_scale
+        self._scale, self._pdl = rope.cos_sin_scale, pdl
 
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin of positions [T], fp32 [T, dim / 2] each."""
-        angles = positions.float().unsqueeze(1) * self._inv_freq
-        return angles.cos() * self._scale, angles.sin() * self._scale
+        return rope_cos_sin(positions, self._inv_freq, self._scale, self._pdl)

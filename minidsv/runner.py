@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from minidsv.backend import pdl_mode
 from minidsv.batch import StepBatch
 from minidsv.block_manager import pages_for
 from minidsv.checkpoint import Weight
@@ -13,7 +14,9 @@ from minidsv.config import ModelConfig
 from minidsv.engine_config import EngineConfig
 from minidsv.errors import ConfigError
 from minidsv.kernels.constants import PAGE_SIZE
+from minidsv.kernels.rope_quant import RopeQuantBackend
 from minidsv.kv_cache import KVCache, bytes_per_token
+from minidsv.layers import Operators
 from minidsv.logprobs import LogitRows, RowLogprobs
 from minidsv.model import DeepseekV32
 from minidsv.request import IndexerTopk, Request
@@ -67,7 +70,9 @@ class ModelRunner:
             raise ConfigError(
                 f"num_pages: {self.num_pages} pages of {self.page_bytes} bytes do not fit in memory"
             ) from None
-        self.model = DeepseekV32(model_config, weights, self.cache)
+        rope_quant: RopeQuantBackend = "flashinfer" if config.backend == "flashinfer" else "triton"
+        operators = Operators(pdl_mode(config), rope_quant)
+        self.model = DeepseekV32(model_config, weights, self.cache, operators)
 
     def describe(self) -> str:
         """One line: what runs where, in which types, and what it takes."""

@@ -62,8 +62,8 @@ class Tokenizer:
         if most is not None and len(text) > most * self.longest:
             raise RequestError(
                 "prompt",
-                f"{len(text)} characters are too many; {most} tokens, as many as max_model_len and the "
-                f"cache admit, have at most {most * self.longest}",
+                f"{len(text)} characters are too many; {most} tokens, as many as max_model_len and "
+                f"the cache admit, have at most {most * self.longest}",
             )
         try:
             (encoding,) = self.backend.encode_batch_fast(

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one go, on a machine with torch, triton, transformers and pytest:
-# install the package without its dependencies, then the `gpu` tests and the parity tests.
+# install the package without its dependencies, then the `gpu` tests (tests/kernels/test_ran.py holds
+# the binaries that ran to the proof) and the parity tests.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

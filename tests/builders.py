@@ -145,11 +145,10 @@ def hf_greedy(model: Any, token_ids: tuple[int, ...], count: int) -> list[int]:
 @contextmanager
 def boundary_gaps(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     """Collect how near each selection (indexer top-k, router groups and experts) comes to a tie."""
-    from minidsv import indexer
-    from minidsv.kernels import router
+    from minidsv.kernels import router, topk
 
     gaps: list[float] = []
-    topk_positions, first_largest = indexer.topk_positions, router._first_largest
+    topk_positions, first_largest = topk.topk_positions, router._first_largest
 
     def record(scores: Tensor, count: int) -> None:
         if scores.shape[-1] > count:
@@ -166,6 +165,6 @@ def boundary_gaps(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
         return first_largest(scores, count)
 
     with monkeypatch.context() as patch:
-        patch.setattr(indexer, "topk_positions", positions)
+        patch.setattr(topk, "topk_positions", positions)
         patch.setattr(router, "_first_largest", largest)
         yield gaps

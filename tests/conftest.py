@@ -34,6 +34,13 @@ def cpu_by_default() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def visible_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Undo `cpu_by_default` for `gpu` tests: Triton picks its driver by `is_available`."""
+    if request.node.get_closest_marker("gpu"):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+
 @pytest.fixture(scope="session")
 def hf_models() -> dict[str, Any]:
     """transformers' models by family; GLM's latent norms use rms_norm_eps, as ours do."""

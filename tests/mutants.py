@@ -11,13 +11,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from builders import with_config
-from minidsv import indexer, mla
 from minidsv.batch import StepBatch
 from minidsv.engine_config import bundled_model
-from minidsv.kernels import indexer_logits
+from minidsv.kernels import indexer_logits, mla_prep, topk
 from minidsv.kernels.constants import PAGE_SIZE
 from minidsv.kernels.index_cache import read_index_k_buffer
-from minidsv.kernels.set_mla_kv_buffer import set_mla_kv_buffer_fp8_quant
+from minidsv.kernels.set_mla_kv_buffer import set_mla_kv_buffer_fp8_quant_ref
 from minidsv.kernels.topk import topk_positions
 from minidsv.runner import ModelRunner
 from minidsv.scheduler import Chunk
@@ -101,12 +100,12 @@ def missing_index_scale(folder: Path) -> Iterator[Path]:
 def quantised_rope(folder: Path) -> Iterator[Path]:
     """The fp8 row's rotary part, which is bfloat16, goes through e4m3."""
 
-    def write(buffer: Tensor, slots: Tensor, latent: Tensor, k_pe: Tensor) -> None:
+    def write(buffer: Tensor, slots: Tensor, latent: Tensor, k_pe: Tensor, scale: float) -> None:
         coarse = k_pe.to(torch.float8_e4m3fn).to(k_pe.dtype)
-        set_mla_kv_buffer_fp8_quant(buffer, slots, latent, coarse)
+        set_mla_kv_buffer_fp8_quant_ref(buffer, slots, latent, coarse, scale)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mla, "set_mla_kv_buffer_fp8_quant", write)
+        patch.setattr(mla_prep, "set_mla_kv_buffer_fp8_quant_ref", write)
         yield bundled_model()
 
 
@@ -126,7 +125,7 @@ MUTANTS = (
 
 def _with_rule(rule: Rule) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(indexer, "topk_positions", rule)
+        patch.setattr(topk, "topk_positions", rule)
         yield bundled_model()
 
 

@@ -85,13 +85,13 @@ def test_fp8_equals_its_dequantised_twin(
     got = load(fp8, quantization=quantization).prompt_logits(ids)
     assert relative_l2(got, load(plain).prompt_logits(ids)) < 5e-6
     held = load(fp8, quantization=quantization).engine.runner.model.layers[0].attention.q_a_proj
-    assert (held.weight.data.dtype == torch.float8_e4m3fn) == (quantization == "auto")
+    assert (held.weight.dtype == torch.float8_e4m3fn) == (quantization == "auto")
 
 
 def test_quantize_on_load(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     llm = load(checkpoints["dsv32"], quantization="fp8")
     attention = llm.engine.runner.model.layers[0].attention
-    assert attention.o_proj.weight.data.dtype == torch.float8_e4m3fn
+    assert attention.o_proj.weight.dtype == torch.float8_e4m3fn
     ids = prompt(40)
     full = load(checkpoints["dsv32"]).prompt_logits(ids)
     assert 1e-3 < relative_l2(llm.prompt_logits(ids), full) < 0.5

@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 
 from minidsv.config import ModelConfig
-from minidsv.engine_config import EngineConfig, bundled_model
+from minidsv.engine_config import bundled_model
 from minidsv.errors import ConfigError
 from minidsv.kv_cache import bytes_per_token
-from minidsv.resolve import resolve
 from minidsv.roofline import GPUS, decode_cost, distinct_experts, step_seconds
 from minidsv.tensor_table import tensor_table
 
@@ -167,50 +166,6 @@ def test_unreadable_files(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ConfigError, match="JSON object"):
         ModelConfig.from_path(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [
-        ("dtype", "float16"),
-        ("kv_cache_dtype", "int8"),
-        ("max_num_seqs", 0),
-        ("max_num_seqs", 2.5),
-        ("num_pages", 0),
-        ("max_model_len", True),
-        ("seed", -1),
-        ("device", "tpu"),
-        ("device", "cuda:99"),
-        ("device", None),
-        ("model", 5),
-        ("seed", 2**64),
-        ("pdl", "on"),
-        ("cuda_graph", "on"),
-        ("backend", "flashinfer"),
-        ("max_model_len", 10**7),
-    ],
-)
-def test_engine_options_are_checked(option: str, value: Any) -> None:
-    with pytest.raises(ConfigError, match=option):
-        resolve(EngineConfig(**{option: value}), ModelConfig.from_hf(V32))
-
-
-def test_auto_on_cpu_is_float32() -> None:
-    config = resolve(EngineConfig(device="cpu"), ModelConfig.from_hf(V32))
-    assert (config.dtype, config.kv_cache_dtype, config.index_cache_dtype) == ("float32",) * 3
-    assert config.max_model_len == 163_840
-    assert "auto" not in (config.pdl, config.cuda_graph, config.backend)
-
-
-def test_fp8_rows_need_whole_groups() -> None:
-    small = changed(V32, kv_lora_rank=64)
-    with pytest.raises(ConfigError, match=r"kv_lora_rank.*64"):
-        resolve(EngineConfig(device="cpu", kv_cache_dtype="fp8"), small)
-    resolve(EngineConfig(device="cpu", kv_cache_dtype="fp8_flat"), small)
-    with pytest.raises(ConfigError, match="index_head_dim"):
-        resolve(
-            EngineConfig(device="cpu", index_cache_dtype="fp8"), changed(V32, index_head_dim=64)
-        )
 
 
 def test_roofline_of_one_full_layer() -> None:

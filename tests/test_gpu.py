@@ -42,10 +42,7 @@ def test_every_cache_dtype_retrieves(kv: str, index: str) -> None:
     assert right >= 11, f"{right} of 12"
 
 
-def test_auto_is_bfloat16_with_fp8_index_keys(
-    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+def test_auto_is_bfloat16_with_fp8_index_keys(checkpoints: dict[str, Path]) -> None:
     llm = LLM(str(checkpoints["glm"]), device="auto", max_model_len=512, num_pages=20)
     config = llm.engine.config
     assert (config.device, config.dtype) == ("cuda:0", "bfloat16")

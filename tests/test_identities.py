@@ -39,8 +39,8 @@ def test_absorbed_equals_mha(
     absorbed = mla.sparse_mla
     compared = []
 
-    def both(q_latent: Tensor, q_pe: Tensor, buffer: Tensor, slots: Tensor, scale: float) -> Tensor:
-        got = absorbed(q_latent, q_pe, buffer, slots, scale)
+    def both(q_latent: Tensor, q_pe: Tensor, buffer: Tensor, slots: Tensor, scale: float, **rest):
+        got = absorbed(q_latent, q_pe, buffer, slots, scale, **rest)
         layer = next(x.attention for x in layers if x.attention.kv_buffer is buffer)
         # W_UK has more columns than rows, so q_nope is recovered from q_latent without loss
         q_nope = torch.linalg.lstsq(
@@ -79,8 +79,10 @@ def test_topk_of_everything_is_dense(
 def test_decode_equals_recompute_in_every_cache_dtype(
     kv: str, index: str, checkpoints: dict[str, Path]
 ) -> None:
-    """Prefill and decode read the same rounded rows; an ulp may move one element by a quantum."""
+    """Prefill and decode read the same rounded rows; an ulp may move one element by a quantum, and
+    with fp8_flat one of the query's too."""
     exact = kv == index == "float32"
+    limit = 1e-4 if exact else 0.1 if kv == "fp8_flat" else 2e-2
     llm = LLM(str(checkpoints["dsv32"]), num_pages=4, kv_cache_dtype=kv, index_cache_dtype=index)
     ids = prompt(90)
     params = SamplingParams(max_tokens=20, ignore_eos=True, logprobs=0)
@@ -90,9 +92,7 @@ def test_decode_equals_recompute_in_every_cache_dtype(
         assert output.token_ids == logits.argmax(-1).tolist()
     rows = logits.log_softmax(-1)
     for row, token, entries in zip(rows, output.token_ids, output.logprobs, strict=True):
-        assert entries[token].logprob == pytest.approx(
-            float(row[token]), abs=1e-4 if exact else 2e-2
-        )
+        assert entries[token].logprob == pytest.approx(float(row[token]), abs=limit)
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from builders import hf_logits, with_config
 from compare import relative_l2
-from minidsv import LLM, SamplingParams, indexer
+from minidsv import LLM, SamplingParams
 from minidsv.batch import StepBatch
 from minidsv.checkpoint import Checkpoint
 from minidsv.config import ModelConfig
 from minidsv.engine_config import bundled_model
+from minidsv.kernels import topk
 from minidsv.kernels.quant import dequantize_fp8_blocks
 from minidsv.kernels.topk import topk_positions
 from minidsv.questions import Question, eval_questions
@@ -93,7 +94,7 @@ def test_other_selections_lose_retrieval_only(
     retrieval: list[Question],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(indexer, "topk_positions", rule)
+    monkeypatch.setattr(topk, "topk_positions", rule)
     assert accuracy(llm, retrieval) <= 0.35
     assert accuracy(llm, facts) >= 0.97
 

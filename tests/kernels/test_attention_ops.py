@@ -47,7 +47,7 @@ def test_index_logits() -> None:
     request_index = torch.tensor([0, 1, 2, 3, 4, 3, 4, 4])
     q = torch.randn(8, HEADS, 128, generator=generator(1))
     weights = torch.randn(8, HEADS, generator=generator(2))
-    got = paged_index_logits(q, weights, buffer, table, seq_lens, request_index)
+    got = paged_index_logits(q, weights, buffer, table, seq_lens, request_index, 130)
     want = torch.full((8, 130), float("-inf"))
     for t, (length, request) in enumerate(
         zip(seq_lens.tolist(), request_index.tolist(), strict=True)

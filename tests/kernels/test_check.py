@@ -1,7 +1,9 @@
 """The PDL checker: clean kernels pass, planted violations are named, registered kernels hold."""
 
-import subprocess
+import os
+import re
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -9,8 +11,10 @@ import triton
 
 import planted
 from minidsv.kernels import ptx, sass
-from minidsv.kernels.check import SPECS, Case, build, cases, check, check_ptx, check_sass, prove
-from minidsv.kernels.pdl import is_arch_support_pdl
+from minidsv.kernels.check import SPECS, Case, build, cases, check, main, prove
+from minidsv.kernels.contract import check_ptx, check_sass
+from minidsv.kernels.launch import KernelSpec
+from minidsv.kernels.pdl import PDL_MODES, is_arch_support_pdl
 
 KERNELS = Path(sys.modules["minidsv.kernels.check"].__file__).parent
 
@@ -141,23 +145,47 @@ def test_what_cannot_be_followed_is_refused() -> None:
         sass.parse("        /*0000*/    ??? ;")
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
-def test_registered_kernels_are_proved(spec) -> None:
+def test_registered_kernels_are_proved() -> None:
     """One row in full and its other modes and targets; `minidsv.kernels.check` does them all."""
-    targets = set()
-    for case in cases(spec, one_row=True):
-        assert not (proof := check(case)).violations, proof
-        targets.add(case.capability)
-    assert targets == ({90, 100, 80} if spec.min_capability <= 80 else {90, 100})
+    assert prove(SPECS, one_row=True, jobs=os.cpu_count() or 1)
 
 
-def test_report_and_verdict(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_what_is_compiled(spec) -> None:
+    """Every row with PDL for sm_90; a row in every mode, for sm_100 and, without e4m3, sm_80."""
+    todo = list(cases(spec))
+    assert {c.row_name for c in todo if c[2:] == (90, "prefetch")} == {
+        f"{spec.name}[{i}]" for i in range(len(spec.rows))
+    }
+    first = {c[2:] for c in cases(spec, one_row=True)}
+    assert first == {c[2:] for c in todo}
+    assert first - {(80, "off")} == {(100, "prefetch"), *((90, mode) for mode in PDL_MODES)}
+    assert ((80, "off") in first) == (spec.min_capability <= 80)
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_report_and_verdict(capsys: pytest.CaptureFixture[str], jobs: int) -> None:
     """A kernel without a wait fails in each mode with PDL, and holds without."""
-    assert not prove([planted.spec(planted.no_wait)])
+    assert not prove([planted.spec(planted.no_wait)], jobs=jobs)
     out = capsys.readouterr().out
+    order = ["prefetch", "off", "seed", "on", "prefetch", "off"]
+    assert re.findall(r"sm_\d+ (\w+):", out) == order
     assert "FAILED no_wait[0] (fp32 fp32 fp32) sm_90 prefetch: 3 global accesses" in out
     assert "\n    PTX 0 waits, want one\n" in out
     assert "1 kernels, 0 rows proved (2 binaries), 4 binaries failed" in out
+
+
+def test_every_kernel_is_registered() -> None:
+    """Whatever waits, and whatever is launched: nothing starts unproved."""
+    found = set()
+    for path in KERNELS.glob("*_triton.py"):
+        for value in vars(import_module(f"minidsv.kernels.{path.stem}")).values():
+            if isinstance(value, KernelSpec):
+                found.add(value.kernel.__name__)
+            elif isinstance(value, triton.JITFunction) and "  pdl_begin(" in value.src:
+                found.add(value.__name__)
+    assert found == {spec.kernel.__name__ for spec in SPECS}
+    assert len({spec.name for spec in SPECS}) == len(SPECS)
 
 
 def test_the_attribute_is_set_in_one_place() -> None:
@@ -176,12 +204,18 @@ def test_is_arch_support_pdl(capability: tuple[int, int] | None, supported: bool
     assert is_arch_support_pdl(capability) is supported
 
 
-def test_command_refuses_the_interpreter() -> None:
-    run = subprocess.run(
-        [sys.executable, "-m", "minidsv.kernels.check", "--one-row"],
-        env={"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 2
-    assert "TRITON_INTERPRET=1" in run.stderr
+@pytest.mark.parametrize(
+    ("arguments", "environment", "message"),
+    [
+        ([], {"TRITON_INTERPRET": "1"}, "TRITON_INTERPRET=1"),
+        (["--jobs", "0"], {}, "--jobs: 0 is less than 1"),
+        (["--kernel", "gemv"], {}, f"--kernel: gemv not known; accepted: {SPECS[0].name}, "),
+    ],
+)
+def test_the_command_refuses(arguments, environment, message, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["check", *arguments])
+    monkeypatch.setattr(os, "environ", os.environ | environment)
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err

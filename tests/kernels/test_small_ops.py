@@ -7,8 +7,8 @@ import torch
 
 from compare import assert_close
 from minidsv.config import RopeConfig
-from minidsv.kernels.gemm import gate_gemm, linear
-from minidsv.kernels.moe import routed_experts, swiglu_mlp
+from minidsv.kernels.gemm import linear
+from minidsv.kernels.moe import moe_experts, swiglu_mlp
 from minidsv.kernels.norm import add_rms_norm, layer_norm, rms_norm
 from minidsv.kernels.quant import dequantize_fp8_blocks, quantize_fp8_blocks
 from minidsv.kernels.rope import apply_rope
@@ -120,11 +120,12 @@ def test_linear_with_fp8_weights(dtype: torch.dtype) -> None:
     assert_close("against dequantised", linear(x, q, scale), exact.to(dtype), tol)
     full = (x.double() @ weight.double().T).float()
     assert (linear(x, q, scale).float() - full).norm() / full.norm() < 0.04
-    assert gate_gemm(x, weight).dtype == torch.float32
+    fp32 = linear(x, weight, out_dtype=torch.float32)
+    assert torch.equal(fp32, torch.nn.functional.linear(x.float(), weight.float()))
 
 
 @pytest.mark.parametrize("fp8", [False, True])
-def test_routed_experts(fp8: bool) -> None:
+def test_moe_experts(fp8: bool) -> None:
     experts, hidden, inner = 6, 64, 32
     gate_up, down = randn(experts, 2, inner, hidden) / 8, randn(experts, hidden, inner, seed=1) / 8
     scales: list[torch.Tensor | None] = [None, None]
@@ -137,13 +138,17 @@ def test_routed_experts(fp8: bool) -> None:
     )
     ids[ids == 4] = 0  # one expert gets nothing; another may come twice
     weights = randn(9, 3, seed=3).abs()
-    got = routed_experts(x, weights, ids, gate_up, scales[0], down, scales[1])
+
+    def expert(e: int) -> tuple[torch.Tensor | None, ...]:
+        stacks = (gate_up, scales[0], down, scales[1])
+        return tuple(None if stack is None else stack[e] for stack in stacks)
+
+    stacks = (gate_up, scales[0], down, scales[1])
+    got = moe_experts(x, weights, ids, *stacks, *expert(4))
     for t in range(9):
-        want = torch.zeros(1, hidden)
+        want = swiglu_mlp(x[t : t + 1], *expert(4))
         for w, e in zip(weights[t], ids[t].tolist(), strict=True):
-            scale_gu = None if scales[0] is None else scales[0][e]
-            scale_d = None if scales[1] is None else scales[1][e]
-            want += w * swiglu_mlp(x[t : t + 1], gate_up[e], scale_gu, down[e], scale_d)
+            want += w * swiglu_mlp(x[t : t + 1], *expert(e))
         assert_close("experts", got[t : t + 1], want, "fp32_logits")
 
 

@@ -62,6 +62,6 @@ def test_slots_follow_the_block_table() -> None:
     positions = torch.tensor([[0, 63, 64, -1], [128, 1, -1, -1]])
     slots = positions_to_slots(positions, block_table, torch.tensor([0, 1]))
     assert slots.tolist() == [[320, 383, 128, -1], [192, 577, -1, -1]]
-    dense = all_slots(torch.tensor([2, 66]), block_table, torch.tensor([0, 1]))
+    dense = all_slots(torch.tensor([2, 66]), block_table, torch.tensor([0, 1]), 66)
     assert dense[0, :3].tolist() == [320, 321, -1]
     assert dense[1, 62:].tolist() == [638, 639, 448, 449]

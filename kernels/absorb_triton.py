@@ -1,0 +1,67 @@
+"""Triton kernel under `absorb_q` and `absorb_v`: one small GEMM a head, y^T = w x^T.
+
+One program computes BLOCK_N outputs of one head for BLOCK_M tokens. Its first BLOCK_K columns of
+weights, which for few tokens are all of them, are loaded before the wait.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from minidsv.kernels.launch import KernelSpec, pdl_begin, pdl_end
+from minidsv.kernels.launch_config import launch_config
+from minidsv.kernels.pdl import PdlMode
+from minidsv.kernels.tile import Tile
+
+
+@triton.jit(do_not_specialize=("m",))
+def _absorb_kernel(
+    x, w, out, m, n, k_size, x_token, x_head, w_head, w_row, w_column,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(1).to(tl.int64)
+    rows = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
+    tokens = (tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    k = tl.arange(0, BLOCK_K)[None, :]
+    w += head * w_head + rows * w_row + k * w_column
+    x += head * x_head + tokens.to(tl.int64) * x_token + k
+    if PDL == "prefetch":
+        tile = tl.load(w, mask=(rows < n) & (k < k_size), other=0.0)
+    pdl_begin(PDL)
+    if PDL != "prefetch":
+        tile = tl.load(w, mask=(rows < n) & (k < k_size), other=0.0)
+    values = tl.load(x, mask=(tokens < m) & (k < k_size), other=0.0)
+    total = tl.dot(tile, tl.trans(values))
+    for k0 in range(BLOCK_K, k_size, BLOCK_K):
+        tile = tl.load(w + k0 * w_column, mask=(rows < n) & (k < k_size - k0), other=0.0)
+        values = tl.load(x + k0, mask=(tokens < m) & (k < k_size - k0), other=0.0)
+        total = tl.dot(tile, tl.trans(values), total)
+    at = (tokens.to(tl.int64) * tl.num_programs(1) + head) * n + tl.trans(rows)
+    y = tl.trans(total).to(out.dtype.element_ty)
+    tl.store(out + at, y, mask=(tokens < m) & (tl.trans(rows) < n))
+    pdl_end(PDL)
+
+
+ABSORB = KernelSpec(_absorb_kernel, (), frozenset({"w"}), fp_fusion=True)
+SPECS = (ABSORB,)
+
+
+def multiply_heads(x: Tensor, weight: Tensor, mode: PdlMode) -> Tensor:
+    """x [T, H, K], weight [H, N, K], any strides -> [T, H, N]."""
+    dims = weight.shape[1], weight.shape[2]
+    return multiply_heads_in(launch_config("absorb", len(x), dims), x, weight, mode)
+
+
+def multiply_heads_in(tile: Tile, x: Tensor, weight: Tensor, mode: PdlMode) -> Tensor:
+    """The same in a given tile."""
+    assert x.stride(2) == 1, f"x strides {x.stride()}: want contiguous rows"
+    m, (heads, n, k) = len(x), weight.shape
+    out = torch.empty(m, heads, n, dtype=x.dtype, device=x.device)
+    args = {"x": x, "w": weight, "out": out, "m": m, "n": n, "k_size": k}
+    args |= {"x_token": x.stride(0), "x_head": x.stride(1)}
+    args |= dict(zip(("w_head", "w_row", "w_column"), weight.stride(), strict=True))
+    args |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
+    grid = -(-n // tile.block_n), heads, -(-m // tile.block_m)
+    ABSORB.launch(grid, mode, args, tile.num_warps, tile.num_stages)
+    return out

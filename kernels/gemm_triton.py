@@ -1,0 +1,148 @@
+"""Triton GEMMs under `fused_linear`: y^T = w x^T on the tensor cores, weights as the first operand.
+
+    narrow   up to 16 tokens or so: each warp sums its own 128 columns of a [BLOCK_N, KS * 128] tile
+             (a batched dot), so that few rows a program suffice to fill the device; the warps'
+             sums are added at the end
+    wide     more tokens: tiles of [BLOCK_N, BLOCK_M] outputs
+
+FP8 weights become bf16 exactly, by integer arithmetic, and each 128 columns' sum is scaled in fp32.
+In prefetch mode the first tiles of a program's weights are drawn into L2 before the wait.
+"""
+
+import triton
+import triton.language as tl
+
+from minidsv.kernels.launch import KernelSpec, pdl_begin, pdl_end
+from minidsv.kernels.segments_triton import REPLAY_CONSTANT, has_type, locate, select, store
+
+
+@triton.jit
+def as_operand(w, x):
+    """Weights in the type of x, exactly; e4m3 moves 4 bits down in 16 and gains 2^120."""
+    if w.dtype == tl.float8e4nv and x.dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            """{ .reg .b32 a, b, s, t;
+            prmt.b32 a, $2, 0, 0x1404; prmt.b32 b, $2, 0, 0x3424;
+            shr.u32 s, a, 4; shr.u32 t, b, 4;
+            and.b32 s, s, 0x07F007F0; and.b32 t, t, 0x07F007F0;
+            lop3.b32 a, a, 0x80008000, s, 0xEA; lop3.b32 b, b, 0x80008000, t, 0xEA;
+            mov.b32 s, 0x7B807B80; mov.b32 t, 0x80008000;
+            fma.rn.bf16x2 $0, a, s, t; fma.rn.bf16x2 $1, b, s, t; }""",
+            "=r,=r,r", [w], dtype=tl.bfloat16, is_pure=True, pack=4,
+        )  # fmt: skip
+    return w.to(x.dtype)
+
+
+@triton.jit
+def draw(w, row, n, k_size, BLOCK_N: tl.constexpr, BYTES: tl.constexpr):
+    """Prefetch to L2 the first BYTES (a power of two of 128-byte lines) of BLOCK_N rows."""
+    SIZE: tl.constexpr = w.dtype.element_ty.primitive_bitwidth // 8
+    rows = tl.minimum(row + tl.arange(0, BLOCK_N), n - 1).to(tl.int64)
+    k = tl.minimum(tl.arange(0, BYTES // 128) * (128 // SIZE), k_size - 1)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+        "=r,l", [w + rows[:, None] * k_size + k[None, :]],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _narrow(
+    w, s, x, row, n, m, k_size, x_stride,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KS: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_M, BLOCK_N] outputs of one program."""
+    rows = (row + tl.arange(0, BLOCK_N))[None, :, None]
+    tokens = tl.arange(0, BLOCK_M)[None, :, None]
+    part = tl.arange(0, KS)[:, None, None]
+    k = part * 128 + tl.arange(0, 128)[None, None, :]
+    w += row.to(tl.int64) * k_size + (rows - row) * k_size + k
+    x += tokens * x_stride + k
+    s += (row // 128) * tl.cdiv(k_size, 128) + part
+    total = tl.zeros([KS, BLOCK_N, BLOCK_M], tl.float32)
+    for k0 in range(0, k_size, KS * 128):
+        tile = tl.load(w + k0, mask=(rows < n) & (k < k_size - k0), other=0.0)
+        values = tl.load(x + k0, mask=(tokens < m) & (k < k_size - k0), other=0.0)
+        sums = tl.dot(as_operand(tile, values), tl.permute(values, (0, 2, 1)))
+        if tile.dtype == tl.float8e4nv:
+            sums *= tl.load(s + k0 // 128, mask=part * 128 < k_size - k0, other=0.0)
+        total += sums
+    return tl.trans(tl.sum(total, 0))
+
+
+@triton.jit(do_not_specialize=("m", "n0", "n1", "n2", "n3"))
+def _narrow_kernel(
+    x, w0, w1, w2, w3, s0, s1, s2, s3, o0, o1, o2, o3, n0, n1, n2, n3, m, k_size, x_stride,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, OTHER_N: tl.constexpr, KS: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    MIXED: tl.constexpr = w0.dtype != w3.dtype
+    slot, n, row = locate(tl.program_id(0), w0, w1, w2, w3, n0, n1, n2, n3, BLOCK_N, OTHER_N)
+    w, s = select(slot, w0, w1, w2, w3, w0), select(slot, s0, s1, s2, s3, s0)
+    if PDL == "prefetch":
+        draw(w, row, n, k_size, BLOCK_N, KS * 256)
+    pdl_begin(PDL)
+    tokens = tl.arange(0, BLOCK_M)[:, None]
+    if has_type(slot, w0, w1, w2, w3, w0):
+        y = _narrow(w, s, x, row, n, m, k_size, x_stride, BLOCK_M, BLOCK_N, KS)
+        at = row + tl.arange(0, BLOCK_N)[None, :]
+        store(slot, o0, o1, o2, o3, tokens * n + at, y, (tokens < m) & (at < n))
+    elif MIXED:
+        v, t = select(slot, w0, w1, w2, w3, w3), select(slot, s0, s1, s2, s3, s3)
+        z = _narrow(v, t, x, row, n, m, k_size, x_stride, BLOCK_M, OTHER_N, KS)
+        to = row + tl.arange(0, OTHER_N)[None, :]
+        store(slot, o0, o1, o2, o3, tokens * n + to, z, (tokens < m) & (to < n))
+    pdl_end(PDL)
+
+
+@triton.jit
+def _wide(
+    w, s, x, row, n, token, m, k_size, x_stride,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_M, BLOCK_N] outputs from (token, row) on."""
+    rows, tokens = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_M)[:, None]
+    k = tl.arange(0, BLOCK_K)[None, :]
+    w += row.to(tl.int64) * k_size + rows * k_size + k
+    x += token.to(tl.int64) * x_stride + tokens * x_stride + k
+    s += (row // 128) * tl.cdiv(k_size, 128)
+    total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for k0 in range(0, k_size, BLOCK_K):
+        tile = tl.load(w + k0, mask=(row + rows < n) & (k < k_size - k0), other=0.0)
+        values = tl.load(x + k0, mask=(token + tokens < m) & (k < k_size - k0), other=0.0)
+        if tile.dtype == tl.float8e4nv:
+            sums = tl.dot(as_operand(tile, values), tl.trans(values))
+            total += sums * tl.load(s + k0 // 128)
+        else:
+            total = tl.dot(as_operand(tile, values), tl.trans(values), total)
+    return tl.trans(total)
+
+
+@triton.jit(do_not_specialize=("m",))
+def _wide_kernel(
+    x, w0, w1, w2, w3, s0, s1, s2, s3, o0, o1, o2, o3, n0, n1, n2, n3, m, k_size, x_stride,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    MIXED: tl.constexpr = w0.dtype != w3.dtype
+    slot, n, row = locate(tl.program_id(1), w0, w1, w2, w3, n0, n1, n2, n3, BLOCK_N, BLOCK_N)
+    w, s = select(slot, w0, w1, w2, w3, w0), select(slot, s0, s1, s2, s3, s0)
+    if PDL == "prefetch":
+        draw(w, row, n, k_size, BLOCK_N, 256)
+    pdl_begin(PDL)
+    token = tl.program_id(0) * BLOCK_M
+    tokens = (token + tl.arange(0, BLOCK_M))[:, None]
+    at = tokens.to(tl.int64) * n + (row + tl.arange(0, BLOCK_N))[None, :]
+    mask = (tokens < m) & (row + tl.arange(0, BLOCK_N) < n)[None, :]
+    if has_type(slot, w0, w1, w2, w3, w0):
+        y = _wide(w, s, x, row, n, token, m, k_size, x_stride, BLOCK_M, BLOCK_N, BLOCK_K)
+        store(slot, o0, o1, o2, o3, at, y, mask)
+    elif MIXED:
+        v, t = select(slot, w0, w1, w2, w3, w3), select(slot, s0, s1, s2, s3, s3)
+        z = _wide(v, t, x, row, n, token, m, k_size, x_stride, BLOCK_M, BLOCK_N, BLOCK_K)
+        store(slot, o0, o1, o2, o3, at, z, mask)
+    pdl_end(PDL)
+
+
+NARROW = KernelSpec(_narrow_kernel, (), REPLAY_CONSTANT, 89, True)
+WIDE = KernelSpec(_wide_kernel, (), REPLAY_CONSTANT, 89, True)
+SPECS = (NARROW, WIDE)

@@ -1,0 +1,85 @@
+"""Triton GEMV under `fused_linear` for one token: weights stream once through the CUDA cores.
+
+One program owns BLOCK_N rows of one projection. A thread holds the same eight columns of every row
+of a [BLOCK_N, BLOCK_K] tile, so x is read once a tile and no thread talks to another before the
+end; sums of eight products are scaled (FP8: the row block's scale of their 128 columns) and added
+up in fp32. The first tile is loaded before the wait.
+"""
+
+import triton
+import triton.language as tl
+
+from minidsv.kernels.launch import KernelSpec, pdl_begin, pdl_end
+from minidsv.kernels.segments_triton import REPLAY_CONSTANT, has_type, locate, select, store
+
+
+@triton.jit
+def _weights(w, row, n, k_size, k0, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """[BLOCK_N, BLOCK_K] of w from (row, k0) on, 0 outside; eight a thread, as x has them."""
+    rows = tl.arange(0, BLOCK_N)[:, None]
+    k = k0 + tl.arange(0, BLOCK_K)[None, :]
+    pointers = w + row.to(tl.int64) * k_size + (rows * k_size + k)
+    mask = (row + rows < n) & (k < k_size)
+    return tl.load(tl.max_contiguous(pointers, [1, 8]), mask=mask, other=0.0)
+
+
+@triton.jit
+def _products(weights, scale, x, k_size, k0, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """[BLOCK_N, BLOCK_K / 8] sums of eight products; `scale` is the row block's."""
+    k = k0 + tl.arange(0, BLOCK_K)
+    values = tl.load(x + k, mask=k < k_size, other=0.0)
+    products = weights.to(tl.float32) * values.to(tl.float32)[None, :]
+    sums = tl.sum(tl.reshape(products, [BLOCK_N, BLOCK_K // 8, 8]), 2)
+    if weights.dtype == tl.float8e4nv:
+        at = k0 + tl.arange(0, BLOCK_K // 8) * 8
+        sums *= tl.load(scale + at // 128, mask=at < k_size, other=0.0)[None, :]
+    return sums
+
+
+@triton.jit
+def _rows(tile, w, s, x, row, n, k_size, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """[BLOCK_N] outputs; `tile` holds the first BLOCK_K columns."""
+    scale = s + (row // 128) * tl.cdiv(k_size, 128)
+    total = _products(tile, scale, x, k_size, 0, BLOCK_N, BLOCK_K)
+    for k0 in range(BLOCK_K, k_size, BLOCK_K):
+        tile = _weights(w, row, n, k_size, k0, BLOCK_N, BLOCK_K)
+        total += _products(tile, scale, x, k_size, k0, BLOCK_N, BLOCK_K)
+    return tl.sum(total, 1)
+
+
+@triton.jit(do_not_specialize=("n0", "n1", "n2", "n3"))
+def _gemv_kernel(
+    x, w0, w1, w2, w3, s0, s1, s2, s3, o0, o1, o2, o3, n0, n1, n2, n3, k_size,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OTHER_N: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    MIXED: tl.constexpr = w0.dtype != w3.dtype
+    slot, n, row = locate(tl.program_id(0), w0, w1, w2, w3, n0, n1, n2, n3, BLOCK_N, OTHER_N)
+    w = select(slot, w0, w1, w2, w3, w0)
+    s = select(slot, s0, s1, s2, s3, s0)
+    main = has_type(slot, w0, w1, w2, w3, w0)
+    rows = tl.where(main, n, 0)  # nothing is read for a program of the other type
+    if PDL == "prefetch":
+        tile = _weights(w, row, rows, k_size, 0, BLOCK_N, BLOCK_K)
+        if MIXED:
+            w_other = select(slot, w0, w1, w2, w3, w3)
+            other = _weights(w_other, row, n - rows, k_size, 0, OTHER_N, BLOCK_K)
+    pdl_begin(PDL)
+    if PDL != "prefetch":
+        tile = _weights(w, row, rows, k_size, 0, BLOCK_N, BLOCK_K)
+        if MIXED:
+            w_other = select(slot, w0, w1, w2, w3, w3)
+            other = _weights(w_other, row, n - rows, k_size, 0, OTHER_N, BLOCK_K)
+    if main:
+        y = _rows(tile, w, s, x, row, n, k_size, BLOCK_N, BLOCK_K)
+        at = row + tl.arange(0, BLOCK_N)
+        store(slot, o0, o1, o2, o3, at, y, at < n)
+    elif MIXED:
+        s_other = select(slot, s0, s1, s2, s3, s3)
+        z = _rows(other, w_other, s_other, x, row, n, k_size, OTHER_N, BLOCK_K)
+        at_other = row + tl.arange(0, OTHER_N)
+        store(slot, o0, o1, o2, o3, at_other, z, at_other < n)
+    pdl_end(PDL)
+
+
+GEMV = KernelSpec(_gemv_kernel, (), REPLAY_CONSTANT, 89, True)
+SPECS = (GEMV,)

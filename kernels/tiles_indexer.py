@@ -1,0 +1,53 @@
+"""Tiles of the indexer's scores and selection, as measured on an H200.
+
+index_logits   dims (requests, max_seq_len, heads): block_m rows, block_n keys a program,
+               `split` programs a row that take the blocks in turn
+thin_topk      dims (columns, k): block_n scores a chunk, of which k are kept
+select_topk    dims (columns, k): block_n >= both, the whole of a row
+all_slots      dims (): block_n positions a program
+"""
+
+from dataclasses import replace
+
+from minidsv.kernels.tile import Rule, Tile
+
+SMS = 132
+SELECT_BLOCKS = {1024: 4, 2048: 4, 4096: 4, 8192: 8, 16384: 16}  # scores in registers: warps
+
+
+ONE = Tile(1, 64, num_warps=4, num_stages=3)
+STREAM = Tile(1, 128, num_warps=4, num_stages=3)
+SHARED = Tile(4, 64, num_warps=4, num_stages=2)
+LOGITS_TILES = (ONE, STREAM, SHARED)
+
+
+def index_logits(m: int, dims: tuple[int, ...]) -> Tile:
+    """One row a program while requests bring few, else several that share a request's keys."""
+    requests, length, _ = dims
+    few = STREAM if m * length > 128 * SMS else ONE
+    tile = SHARED if m >= 4 * requests else few
+    programs = -(-m // tile.block_m)
+    blocks = -(-length // tile.block_n)
+    return replace(tile, split=min(blocks, max(1, 4 * SMS // programs)))
+
+
+def thin_topk(m: int, dims: tuple[int, ...]) -> Tile:
+    chunk = 8192 if 16384 < dims[0] <= 32768 and dims[1] <= 4096 else 16384
+    return Tile(block_n=chunk, num_warps=SELECT_BLOCKS[chunk])
+
+
+def select_topk(m: int, dims: tuple[int, ...]) -> Tile:
+    block = min(b for b in SELECT_BLOCKS if b >= max(dims))
+    return Tile(block_n=block, num_warps=SELECT_BLOCKS[block])
+
+
+def all_slots(m: int, dims: tuple[int, ...]) -> Tile:
+    return Tile(block_n=1024, num_warps=4)
+
+
+TILES: dict[str, Rule] = {
+    "index_logits": index_logits,
+    "thin_topk": thin_topk,
+    "select_topk": select_topk,
+    "all_slots": all_slots,
+}

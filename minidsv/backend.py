@@ -1,0 +1,76 @@
+"""Whose operators run a resolved configuration: `backend`, `pdl` and the mode of every launch."""
+
+from importlib.util import find_spec
+
+from minidsv.engine_config import EngineConfig
+from minidsv.errors import ConfigError
+from minidsv.kernels.pdl import PdlMode, is_arch_support_pdl
+
+Capability = tuple[int, int]  # CUDA compute capability
+TRITON_CAPABILITY = (8, 0)
+
+
+def settle_backend(config: EngineConfig, capability: Capability | None) -> str:
+    """ "torch", "triton" or "flashinfer" for a config whose device and dtypes are settled.
+
+    `capability` is the device's, None without CUDA. Raises ConfigError where the one asked for
+    cannot run.
+    """
+    missing = _missing_for_triton(config, capability)
+    if config.backend == "auto":
+        return "torch" if missing else "triton"
+    if config.backend == "flashinfer":
+        missing = missing or _missing_for_flashinfer(config)
+    if config.backend == "torch" or missing is None:
+        return config.backend
+    raise ConfigError(
+        f"backend: {config.backend!r} needs {missing}; accepted here: 'auto', 'torch'"
+    )
+
+
+def _missing_for_triton(config: EngineConfig, capability: Capability | None) -> str | None:
+    if capability is None or capability < TRITON_CAPABILITY:
+        return f"a CUDA device of capability 8.0, and {device_name(config.device, capability)}"
+    if config.dtype != "bfloat16":
+        return f"dtype 'bfloat16', and it is {config.dtype!r}"
+    for name in ("kv_cache_dtype", "index_cache_dtype"):
+        if getattr(config, name) == "float32":
+            return f"another {name} than 'float32'"
+    return _missing_package("triton", "triton")
+
+
+def _missing_for_flashinfer(config: EngineConfig) -> str | None:
+    """It has one operator that we use: `mla_rope_quantize_fp8`, which makes flat FP8 rows."""
+    if config.kv_cache_dtype != "fp8_flat":
+        return f"kv_cache_dtype 'fp8_flat', and it is {config.kv_cache_dtype!r}"
+    return _missing_package("flashinfer", "minidsv[gpu]")
+
+
+def _missing_package(name: str, installed_by: str) -> str | None:
+    return None if find_spec(name) else f"the package {name} (pip install '{installed_by}')"
+
+
+def device_name(device: str, capability: Capability | None) -> str:
+    """ "cuda:0 has 8.9", for messages."""
+    return f"{device} has {'none' if capability is None else '{}.{}'.format(*capability)}"
+
+
+def settle_pdl(config: EngineConfig, capability: Capability | None) -> str:
+    """ "on" or "off" for a config whose backend is settled; raises ConfigError."""
+    missing = None
+    if config.backend == "torch":
+        missing = "our kernels, and backend is 'torch'"
+    elif not is_arch_support_pdl(capability):
+        missing = f"capability 9.0, and {device_name(config.device, capability)}"
+    if missing is None:
+        return "off" if config.pdl == "off" else "on"
+    if config.pdl == "on":
+        raise ConfigError(f"pdl: 'on' needs {missing}; accepted here: 'auto', 'off'")
+    return "off"
+
+
+def pdl_mode(config: EngineConfig) -> PdlMode | None:
+    """What a resolved config passes to every operator as `pdl`: None runs the references."""
+    if config.backend == "torch":
+        return None
+    return "prefetch" if config.pdl == "on" else "off"

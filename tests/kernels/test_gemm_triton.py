@@ -1,0 +1,150 @@
+"""The Triton GEMV, GEMMs and per-head products against the reference, in every PDL mode.
+
+Inputs lie among NaNs: x is a column slice, weights end where NaNs begin. In the interpreter
+(`test_triton.py`) x is fp32 and only the logic is held.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from compare import assert_close
+from minidsv.kernels.absorb import absorb_q, absorb_q_ref, absorb_v, absorb_v_ref
+from minidsv.kernels.gemm import Segment, fused_a_gemm, fused_linear, linear, linear_ref
+from minidsv.kernels.pdl import is_interpreted
+from minidsv.kernels.quant import quantize_fp8_blocks
+
+pytestmark = [] if is_interpreted() else [pytest.mark.gpu]
+DEVICE = "cpu" if is_interpreted() else "cuda"
+MODES = ("prefetch",) if is_interpreted() else ("off", "seed", "on", "prefetch")
+DTYPE = torch.float32 if is_interpreted() else torch.bfloat16
+TOKENS = (0, 1, 3) if is_interpreted() else (0, 1, 2, 7, 16, 33, 130)
+SHAPES = ((40, 144),) if is_interpreted() else ((576, 1536), (70, 200))
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def among_nans(x: Tensor) -> Tensor:
+    """A view with x's values and contiguous rows, NaN around."""
+    whole = torch.full((x.shape[0] + 2, *x.shape[1:-1], x.shape[-1] + 32), float("nan"))
+    view = whole.to(x).narrow(0, 1, x.shape[0]).narrow(-1, 16, x.shape[-1])
+    view.copy_(x)
+    return view
+
+
+def ending_in_nan(weight: Tensor) -> Tensor:
+    """Contiguous, with NaNs in the memory before and after it."""
+    bits = torch.full((weight.numel() + 512,), 0x7F, dtype=torch.uint8, device=weight.device)
+    if weight.dtype != torch.float8_e4m3fn:
+        bits = torch.full((weight.numel() + 512,), float("nan"), device=weight.device).to(weight)
+        bits[256:-256] = weight.flatten()
+        return bits[256:-256].view_as(weight)
+    bits[256:-256] = weight.view(torch.uint8).flatten()
+    return bits[256:-256].view(weight.dtype).view_as(weight)
+
+
+def segment(rows: int, k: int, kind: str, seed: int = 1) -> Segment:
+    weight = randn(rows, k, seed=seed) / 8
+    if kind == "fp8":
+        q, scale = quantize_fp8_blocks(weight.cpu(), ue8m0=False)
+        return Segment(ending_in_nan(q.to(DEVICE)), scale.to(DEVICE))
+    out = torch.float32 if kind == "fp32" else None
+    return Segment(ending_in_nan(weight.to(DTYPE)), out_dtype=out)
+
+
+def check(name: str, run, want: list[Tensor]) -> None:
+    """`run(mode)` is near `want`, and the same bits in every mode."""
+    results = [[t.clone() for t in run(mode)] for mode in MODES]
+    for got, reference in zip(results[0], want, strict=True):
+        tol = "bf16" if got.dtype == torch.bfloat16 else "fp32_logits"
+        assert_close(name, got, reference, tol)
+    for mode, result in zip(MODES, results, strict=True):
+        for one, other in zip(results[0], result, strict=True):
+            assert torch.equal(one, other), f"{name}: {mode} differs from {MODES[0]}"
+
+
+def wanted(x: Tensor, s: Segment) -> Tensor:
+    """Rounded once from fp64."""
+    exact = linear_ref(x.double().float(), s.weight, s.scale, torch.float32)
+    if s.scale is None:
+        exact = x.double() @ s.weight.double().T
+    return exact.to(s.out_dtype or x.dtype)
+
+
+@pytest.mark.parametrize("kind", ["fp8", "bf16", "fp32"])
+@pytest.mark.parametrize(("rows", "k"), SHAPES)
+def test_linear(rows: int, k: int, kind: str) -> None:
+    s = segment(rows, k, kind)
+    for tokens in TOKENS:
+        x = among_nans(randn(tokens, k, seed=tokens).to(DTYPE))
+        want = wanted(x, s)
+        check(
+            f"{tokens} tokens",
+            lambda mode, x=x: [linear(x, s.weight, s.scale, s.out_dtype, pdl=mode)], [want],
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "kinds", ["fp8 fp8 fp8 fp32", "fp8 fp8", "bf16 bf16 bf16 fp32", "fp8 fp8 bf16 fp32", "fp32 fp8"]
+)
+def test_fused_linear(kinds: str) -> None:
+    k = SHAPES[0][1]
+    rows = (24, 10, 8, 4) if is_interpreted() else (1536, 576, 128, 64)
+    segments = [
+        segment(n, k, kind, seed) for seed, (n, kind) in enumerate(zip(rows, kinds.split()))
+    ]
+    for tokens in TOKENS:
+        x = among_nans(randn(tokens, k, seed=tokens).to(DTYPE))
+        check(
+            kinds,
+            lambda mode, x=x: fused_linear(x, segments, mode),
+            [wanted(x, s) for s in segments],
+        )
+
+
+def test_fused_a_gemm_without_an_indexer() -> None:
+    k = SHAPES[0][1]
+    q_a, kv_a, wk = (segment(n, k, "fp8", n) for n in (24, 10, 8))
+    gate = segment(4, k, "bf16").weight
+    x = randn(3, k).to(DTYPE)
+    outs = fused_a_gemm(x, q_a, kv_a, wk, gate, pdl="on")
+    assert outs[3].dtype == torch.float32
+    for got, want in zip(outs, fused_a_gemm(x, q_a, kv_a, wk, gate), strict=True):
+        assert_close("fused_a", got, want, "bf16")
+    short = fused_a_gemm(x, q_a, kv_a, None, None, pdl="on")
+    assert short[2:] == (None, None)
+    assert all(map(torch.equal, short[:2], outs[:2]))
+
+
+@pytest.mark.skipif(is_interpreted(), reason="1.9 GB")
+def test_a_weight_beyond_two_to_the_30_elements() -> None:
+    weight = torch.zeros(300_000, 7168, dtype=torch.bfloat16, device="cuda")  # 2^31 elements
+    weight[-1] = 1
+    for tokens in (1, 8, 80):
+        x = randn(tokens, 7168).bfloat16()
+        y = linear(x, weight, out_dtype=torch.float32, pdl="prefetch")
+        assert_close("last row", y[:, -1], x.double().sum(1).float(), "fp32_logits")
+        assert y[:, :-1].count_nonzero() == 0
+
+
+@pytest.mark.parametrize(
+    ("heads", "n", "v", "c"),
+    [(3, 16, 24, 40)]
+    if is_interpreted()
+    else [(128, 128, 128, 512), (64, 192, 256, 512), (8, 64, 64, 128)],
+)
+def test_absorbed_products(heads: int, n: int, v: int, c: int) -> None:
+    kv_b = ending_in_nan((randn(heads, n + v, c) / 8).to(DTYPE))
+    w_uk, w_uv = kv_b.split((n, v), 1)
+    for tokens in TOKENS:
+        q = randn(tokens, heads, n + 64, seed=1).to(DTYPE)
+        q[..., n:] = float("nan")
+        latent = among_nans(randn(tokens, heads, c, seed=2).to(DTYPE))
+        for run, x, w, reference in (
+            (absorb_q, q[..., :n], w_uk, absorb_q_ref),
+            (absorb_v, latent, w_uv, absorb_v_ref),
+        ):
+            want = reference(x.double(), w.double()).to(DTYPE)
+            check(run.__name__, lambda mode, run=run, x=x, w=w: [run(x, w, mode)], [want])

@@ -1,0 +1,108 @@
+"""The MLPs' Triton kernels against the references, over full, empty and uneven experts.
+
+On a GPU in every PDL mode, bitwise equal; `test_triton.py` runs the file in Triton's interpreter.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from compare import assert_close
+from minidsv.kernels.launch_config import launch_config
+from minidsv.kernels.moe import moe_experts, moe_experts_ref, swiglu_mlp, swiglu_mlp_ref
+from minidsv.kernels.pdl import is_interpreted
+from minidsv.kernels.quant import quantize_fp8_blocks
+
+pytestmark = [] if is_interpreted() else [pytest.mark.gpu]
+DEVICE = "cpu" if is_interpreted() else "cuda"
+MODES = ("prefetch",) if is_interpreted() else ("off", "seed", "on", "prefetch")
+DTYPE = torch.float32 if is_interpreted() else torch.bfloat16
+# tokens, experts, top_k, hidden, inner, inner of the shared expert (0: none)
+CASES = [(1, 4, 2, 128, 128, 128), (3, 4, 2, 160, 96, 32), (21, 3, 1, 128, 64, 0)]
+if not is_interpreted():
+    CASES = [(0, 8, 2, 256, 128, 128), (1, 8, 2, 256, 128, 128), (1, 256, 8, 7168, 256, 256),
+             (2, 8, 2, 256, 128, 0), (3, 64, 6, 2048, 1408, 2816), (33, 8, 2, 256, 128, 128),
+             (64, 256, 8, 1024, 256, 256), (700, 64, 6, 512, 128, 256),
+             (600, 8, 2, 256, 128, 128), (150, 8, 2, 256, 384, 128), (17, 16, 4, 272, 144, 80),
+             (2100, 64, 6, 2048, 1408, 2816)]  # fmt: skip
+MLPS = [(1, 128, 64), (19, 96, 160)]
+if not is_interpreted():
+    MLPS = [(0, 256, 512), (1, 7168, 2304), (8, 7168, 2304), (64, 2048, 10944), (130, 256, 512),
+            (1000, 2048, 1408), (5, 272, 144)]  # fmt: skip
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    return torch.randn(shape, generator=generator, device=DEVICE)
+
+
+def stack(fp8: bool, *shape: int, seed: int) -> tuple[Tensor, Tensor | None]:
+    """Weights of unit gain [..., out, in], quantised block by block if wanted."""
+    weight = randn(*shape, seed=seed) * shape[-1] ** -0.5
+    if not fp8:
+        return weight.to(DTYPE), None
+    parts = [quantize_fp8_blocks(w, ue8m0=False) for w in weight.flatten(0, -3)]
+    data = torch.stack([q.view(torch.uint8) for q, _ in parts]).view(torch.float8_e4m3fn)
+    scale = torch.stack([s for _, s in parts])
+    return data.view(weight.shape), scale.view(*weight.shape[:-2], *scale.shape[1:])
+
+
+def mlp(fp8: bool, experts: int, hidden: int, inner: int, seed: int) -> tuple[Tensor | None, ...]:
+    gate_up = stack(fp8, experts, 2, inner, hidden, seed=seed)
+    return *gate_up, *stack(fp8, experts, hidden, inner, seed=seed + 1)
+
+
+def one(weights: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    return tuple(None if w is None else w[0] for w in weights)
+
+
+def tokens_of(count: int, hidden: int) -> Tensor:
+    """x with NaN in the rows behind it."""
+    whole = torch.full((count + 2, hidden), float("nan"), dtype=DTYPE, device=DEVICE)
+    whole[:count] = randn(count, hidden).to(DTYPE)
+    return whole[:count]
+
+
+@pytest.mark.parametrize("fp8", [True, False])
+@pytest.mark.parametrize(("tokens", "experts", "top_k", "hidden", "inner", "shared"), CASES)
+def test_moe_experts(
+    tokens: int, experts: int, top_k: int, hidden: int, inner: int, shared: int, fp8: bool
+) -> None:
+    x = tokens_of(tokens, hidden)
+    stacks = mlp(fp8, experts, hidden, inner, seed=1)
+    shared_mlp = one(mlp(fp8, 1, hidden, shared, seed=3)) if shared else (None,) * 4
+    favour = randn(tokens, experts, seed=5) + 2 * randn(experts, seed=6)  # busy and idle experts
+    ids = favour.topk(top_k).indices
+    weights = torch.rand(tokens, top_k, device=DEVICE) + 0.1
+    results = [moe_experts(x, weights, ids, *stacks, *shared_mlp, pdl=mode) for mode in MODES]
+    want = moe_experts_ref(x, weights, ids, *stacks, *shared_mlp)
+    for got in results:
+        assert_close("experts", got, want, "fp8_weight" if is_interpreted() else "bf16")
+        assert torch.equal(got, results[0])
+
+
+@pytest.mark.parametrize("fp8", [True, False])
+@pytest.mark.parametrize(("tokens", "hidden", "inner"), MLPS)
+def test_swiglu_mlp(tokens: int, hidden: int, inner: int, fp8: bool) -> None:
+    x, weights = tokens_of(tokens, hidden), one(mlp(fp8, 1, hidden, inner, seed=1))
+    results = [swiglu_mlp(x, *weights, pdl=mode) for mode in MODES]
+    want = swiglu_mlp_ref(x, *weights)
+    for got in results:
+        assert_close("mlp", got, want, "fp8_weight" if is_interpreted() else "bf16")
+        assert torch.equal(got, results[0])
+
+
+def test_every_tile_is_proved() -> None:
+    """What `launch_config` can answer for any number of tokens has a row for the checker."""
+    from minidsv.kernels.moe_triton import DOWN, GATE_UP
+
+    for op, spec in (("moe_gate_up", GATE_UP), ("moe_down", DOWN)):
+        proved = {
+            (r.arguments["ALONE"], r.arguments["BT"], r.arguments["ROWS"], r.num_warps)
+            for r in spec.rows
+        }
+        for m in (1, 2, 5, 8, 64, 128, 300, 1024, 2048, 8192):
+            for dims in ((256, 8, 7168, 2048), (256, 8, 7168, 256), (64, 6, 2048, 1408),
+                         (1, 1, 7168, 18432), (1, 1, 7168, 2304), (8, 2, 256, 128)):  # fmt: skip
+                tile = launch_config(op, m, dims)
+                assert (int(m == 1), tile.block_m, tile.block_n, tile.num_warps) in proved

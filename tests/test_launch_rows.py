@@ -1,0 +1,141 @@
+"""Every binary that a forward pass launches is a row that the checker proves.
+
+No GPU: the models run on the meta device, which has shapes, strides and no data; Triton's own
+binder says what it would compile for the arguments of each launch.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from minidsv.batch import StepBatch
+from minidsv.checkpoint import Weight, WeightStore
+from minidsv.config import ModelConfig
+from minidsv.engine_config import bundled_model
+from minidsv.kernels import pdl
+from minidsv.kernels.launch import KernelSpec, Row
+from minidsv.kernels.pdl import PdlMode
+from minidsv.kernels.ran import nearest, row_of
+from minidsv.kernels.specs import SPECS
+from minidsv.kv_cache import KVCache
+from minidsv.layers import Operators
+from minidsv.model import DeepseekV32
+from minidsv.tensor_table import tensor_table
+
+META = torch.device("meta")
+CONFIGS = bundled_model().parent
+TP8 = {"num_attention_heads": 16, "intermediate_size": 2304, "moe_intermediate_size": 256}
+MINI = {
+    "hidden_size": 2048, "num_attention_heads": 16, "n_routed_experts": 64, "n_group": 1,
+    "topk_group": 1, "moe_intermediate_size": 1408, "num_experts_per_tok": 6,
+    "n_shared_experts": 2, "vocab_size": 102_400, "eos_token_ids": (),
+}  # fmt: skip
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bundled": ("tiny/config.json", {}),
+    "mini": ("deepseek_v32.json", MINI),
+    "deepseek_v32": ("deepseek_v32.json", {}),
+    "a shard of 8": ("deepseek_v32.json", TP8),
+    "glm5": ("glm5.json", {}),
+    "glm52": ("glm52.json", {}),
+}
+
+
+def model_config(name: str) -> ModelConfig:
+    """A dense layer and one with experts, which in GLM-5.2 owns no indexer."""
+    file, changes = MODELS[name]
+    config = replace(ModelConfig.from_path(CONFIGS / file), **changes)
+    return replace(
+        config,
+        num_hidden_layers=2,
+        first_k_dense_replace=1,
+        indexer_types=config.indexer_types[2:4],
+    )
+
+
+def meta_weights(config: ModelConfig, fp8: bool) -> dict[str, Weight]:
+    store = WeightStore(META, torch.bfloat16, "auto")
+    for spec in tensor_table(config).values():
+        if spec.param not in store.weights:
+            store._allocate(spec, fp8 and spec.stays_fp8)
+    return store.weights
+
+
+def meta_step(tokens: int, requests: int, seq_len: int, logits: int) -> StepBatch:
+    def of(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.int64, device=META)
+
+    rows = [of(tokens) for _ in range(5)]
+    return StepBatch(*rows, of(requests, -(-seq_len // 64)), of(logits), seq_len)
+
+
+def steps() -> Iterator[StepBatch]:
+    """Decode batches and prefill chunks, of contexts on both sides of every index_topk."""
+    for seq_len in (1, 70, 5000):
+        for requests in (1, 2, 3, 8, 16, 17, 33, 64, 200):
+            yield meta_step(requests, requests, seq_len, requests)
+        for tokens in (16, 70, 1000, 8192):
+            yield meta_step(tokens, 1, max(seq_len, tokens), 1)
+            yield meta_step(tokens, 2, max(seq_len, tokens), tokens)
+
+
+class Launches:
+    """Stands in for `KernelSpec.launch`: notes what Triton would compile, once each."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[KernelSpec, Row]] = []
+        self._seen: set[str] = set()
+        self._backend = make_backend(GPUTarget("cuda", 90, 32))
+        self._binders: dict[str, Any] = {}
+
+    def add(
+        self,
+        spec: KernelSpec,
+        grid: tuple[int, ...],
+        mode: PdlMode,
+        args: dict[str, Any],
+        num_warps: int = 4,
+        num_stages: int = 3,
+    ) -> None:
+        kernel, options = spec.kernel, spec.compile_options(num_warps, num_stages, mode)
+        if spec.name not in self._binders:
+            self._binders[spec.name] = create_function_from_signature(
+                kernel.signature, kernel.params, self._backend
+            )
+        bound, specialization, rest = self._binders[spec.name](**args, PDL=mode, **options)
+        key = f"{spec.name} {specialization} {rest}"
+        if 0 in grid or key in self._seen:
+            return
+        self._seen.add(key)
+        _, *source = kernel._pack_args(self._backend, rest, bound, specialization, rest)
+        self.rows.append((spec, row_of(ASTSource(kernel, *source), num_warps, num_stages)))
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
+    """What is launched meanwhile; none of it runs."""
+    launches = Launches()
+    monkeypatch.setattr(KernelSpec, "launch", lambda *args, **named: launches.add(*args, **named))
+    monkeypatch.setattr(pdl, "is_interpreted", lambda: True)  # kernels for tensors not on CUDA
+    return launches
+
+
+@pytest.mark.parametrize("weights", ["fp8", "bf16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_every_launch_is_a_row(name: str, weights: str, launches: Launches) -> None:
+    config = model_config(name)
+    parameters = meta_weights(config, weights == "fp8")
+    for caches in (("bfloat16", "bfloat16"), ("fp8", "fp8"), ("fp8_flat", "fp8")):
+        cache = KVCache.allocate(config, 200, *caches, META)
+        model = DeepseekV32(config, parameters, cache, Operators("off"))
+        for step in steps():
+            model.forward(step)
+    assert len({spec.name for spec, _ in launches.rows}) > 10
+    assert {spec.name for spec, _ in launches.rows} <= {spec.name for spec in SPECS}
+    missing = [nearest(spec, row) for spec, row in launches.rows if row not in spec.rows]
+    assert not missing, "\n".join(missing)
