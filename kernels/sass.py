@@ -20,6 +20,7 @@ _KINDS = {
     "UTMAREDG": "cp", "UTMAPF": "prefetch", "UTMACCTL": "prefetch", "SUST": "st", "SULD": "ld",
 }  # fmt: skip
 _UNFOLLOWED = {"BRX", "BRXU", "JMP", "JMX", "CALL", "RET", "JMXU"}
+_TRAP = "__cuda_sm10x_tcgen05_guardrail_trap"  # ptxas's own checks: they trap, touch no memory
 _ADDRESS = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s")
 _LINE = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
 _LABEL = re.compile(r"^\s*(\.L_x_\d+):")
@@ -66,7 +67,7 @@ def is_exit(instruction: Instruction) -> bool:
 def is_unfollowed(instruction: Instruction) -> bool:
     """Jumps to an address that the listing does not name."""
     nameless = instruction.root == "BRA" and not instruction.targets
-    return nameless or instruction.root in _UNFOLLOWED
+    return nameless or (instruction.root in _UNFOLLOWED and _TRAP not in instruction.operands)
 
 
 def is_spill(instruction: Instruction) -> bool:
