@@ -90,10 +90,10 @@ def _order(x):
 
 
 @triton.jit
-def _first_largest(keys, index, SIZE: tl.constexpr):
+def _first_largest(keys, index, NONE: tl.constexpr):
     """(largest key of a vector, lowest index that has it)."""
     best = tl.max(keys, 0)
-    return best, tl.min(tl.where(keys == best, index, SIZE), 0)
+    return best, tl.min(tl.where(keys == best, index, NONE), 0)
 
 
 @triton.jit
@@ -142,11 +142,12 @@ def _grouped_topk_kernel(
         key = tl.where(exists & (kept[:, None] == 0), dropped, key)
     flat_key = tl.reshape(key, (BLOCK_G * BLOCK_S,))
     flat_score = tl.reshape(score, (BLOCK_G * BLOCK_S,))
-    index = tl.reshape(expert, (BLOCK_G * BLOCK_S,))
+    nobody: tl.constexpr = BLOCK_G * BLOCK_S
+    index = tl.reshape(tl.where(exists, expert, nobody), (nobody,))
     chosen = tl.zeros((BLOCK_K,), dtype=tl.int32)
     weight = tl.zeros((BLOCK_K,), dtype=tl.float32)
     for i in tl.static_range(TOP_K):
-        _best, best_expert = _first_largest(flat_key, index, BLOCK_G * SIZE)
+        _best, best_expert = _first_largest(flat_key, index, nobody)
         hit = index == best_expert
         chosen = tl.where(j == i, best_expert, chosen)
         weight = tl.where(j == i, tl.sum(tl.where(hit, flat_score, 0.0), 0), weight)
