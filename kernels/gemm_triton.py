@@ -9,17 +9,41 @@ FP8 weights become bf16 exactly, by integer arithmetic, and each 128 columns' su
 In prefetch mode the first tiles of a program's weights are drawn into L2 before the wait.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import triton
 import triton.language as tl
 
+from minidsv.kernels import tiles_gemm
 from minidsv.kernels.launch import KernelSpec, pdl_begin, pdl_end
-from minidsv.kernels.segments_triton import REPLAY_CONSTANT, has_type, locate, select, store
+from minidsv.kernels.segments_triton import (
+    DENSE_SLOTS,
+    FP8_SLOTS,
+    REPLAY_CONSTANT,
+    has_type,
+    launch_rows,
+    locate,
+    select,
+    store,
+)
+from minidsv.kernels.tile import Tile
 
 
 @triton.jit
-def as_operand(w, x):
-    """Weights in the type of x, exactly; e4m3 moves 4 bits down in 16 and gains 2^120."""
+def as_operand(w, x, PAIRS: tl.constexpr):
+    """Weights in the type of x, exactly; e4m3 moves 4 bits down in 16 and gains 2^120.
+
+    PAIRS: convert two at a time, which is how a warpgroup's operand leaves shared memory, not four.
+    """
     if w.dtype == tl.float8e4nv and x.dtype == tl.bfloat16:
+        if PAIRS:
+            return tl.inline_asm_elementwise(
+                """{ .reg .b32 a, s, t; cvt.u32.u16 a, $1; prmt.b32 a, a, 0, 0x1404;
+                shr.u32 s, a, 4; and.b32 s, s, 0x07F007F0; lop3.b32 a, a, 0x80008000, s, 0xEA;
+                mov.b32 s, 0x7B807B80; mov.b32 t, 0x80008000; fma.rn.bf16x2 $0, a, s, t; }""",
+                "=r,h", [w], dtype=tl.bfloat16, is_pure=True, pack=2,
+            )  # fmt: skip
         return tl.inline_asm_elementwise(
             """{ .reg .b32 a, b, s, t;
             prmt.b32 a, $2, 0, 0x1404; prmt.b32 b, $2, 0, 0x3424;
@@ -63,7 +87,7 @@ def _narrow(
     for k0 in range(0, k_size, KS * 128):
         tile = tl.load(w + k0, mask=(rows < n) & (k < k_size - k0), other=0.0)
         values = tl.load(x + k0, mask=(tokens < m) & (k < k_size - k0), other=0.0)
-        sums = tl.dot(as_operand(tile, values), tl.permute(values, (0, 2, 1)))
+        sums = tl.dot(as_operand(tile, values, False), tl.permute(values, (0, 2, 1)))
         if tile.dtype == tl.float8e4nv:
             sums *= tl.load(s + k0 // 128, mask=part * 128 < k_size - k0, other=0.0)
         total += sums
@@ -111,10 +135,10 @@ def _wide(
         tile = tl.load(w + k0, mask=(row + rows < n) & (k < k_size - k0), other=0.0)
         values = tl.load(x + k0, mask=(token + tokens < m) & (k < k_size - k0), other=0.0)
         if tile.dtype == tl.float8e4nv:
-            sums = tl.dot(as_operand(tile, values), tl.trans(values))
+            sums = tl.dot(as_operand(tile, values, True), tl.trans(values))
             total += sums * tl.load(s + k0 // 128)
         else:
-            total = tl.dot(as_operand(tile, values), tl.trans(values), total)
+            total = tl.dot(as_operand(tile, values, True), tl.trans(values), total)
     return tl.trans(total)
 
 
@@ -143,6 +167,35 @@ def _wide_kernel(
     pdl_end(PDL)
 
 
-NARROW = KernelSpec(_narrow_kernel, (), REPLAY_CONSTANT, 89, True)
-WIDE = KernelSpec(_wide_kernel, (), REPLAY_CONSTANT, 89, True)
-SPECS = (NARROW, WIDE)
+def narrow_sizes(tile: Tile) -> dict[str, str | int]:
+    """The narrow kernel's constants; rows of a second type come in sixteens."""
+    sizes = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "OTHER_N": 16}
+    return {**sizes, "KS": tile.split}
+
+
+def wide_sizes(tile: Tile) -> dict[str, str | int]:
+    return {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
+
+
+def _specs(
+    kernel: Any,
+    tiles: dict[int, tuple[Tile, ...]],
+    sizes: Callable[[Tile], dict[str, str | int]],
+    **types: str,
+) -> dict[int, KernelSpec]:
+    """By bytes of a weight; `types` are of the arguments beside the slots' and the constants."""
+
+    def own(tile: Tile) -> dict[str, str | int]:
+        return {"m": "i32", "x_stride": "i32:16", **types, **sizes(tile)}
+
+    return {
+        1: KernelSpec(kernel, launch_rows(FP8_SLOTS, tiles[1], own), REPLAY_CONSTANT, 89, True),
+        2: KernelSpec(kernel, launch_rows(DENSE_SLOTS, tiles[2], own), REPLAY_CONSTANT, 80, True),
+    }
+
+
+NARROW = _specs(_narrow_kernel, tiles_gemm.NARROW, narrow_sizes)
+WIDE = _specs(
+    _wide_kernel, tiles_gemm.WIDE, wide_sizes, **dict.fromkeys(("n0", "n1", "n2", "n3"), "i32:16")
+)
+SPECS = (*NARROW.values(), *WIDE.values())

@@ -79,7 +79,6 @@ def _sparse_mla_kernel(
     real = h[:, None] < heads
     first = split * split_keys
     last = tl.minimum(first + split_keys, topk)
-    row = (token * tl.num_programs(1) + split) * heads + h
     indices += token * indices_token
     pdl_begin(PDL)
     q = tl.load(q_latent + token * q_token + h[:, None] * q_head + c[None, :], mask=real, other=0.0)
@@ -94,6 +93,7 @@ def _sparse_mla_kernel(
             scratch += (token * tl.num_programs(1) + split) * heads * own
             q = _reload_f16(q, scratch, h[:, None] * own + c[None, :], real)
     top = tl.full([BLOCK_H], EMPTY, tl.float32)
+    group = tl.program_id(0)
     total = tl.zeros([BLOCK_H], tl.float32)
     acc = tl.zeros([BLOCK_H, C], tl.float32)
     slot = tl.load(indices + first + n, mask=first + n < last, other=-1).to(tl.int32)
@@ -130,6 +130,10 @@ def _sparse_mla_kernel(
         total = total * alpha + tl.sum(weight, 1)
         acc = tl.dot(p.to(k.dtype), k, acc * alpha[:, None])
         top = new_top
+        group = tl.minimum(group, heads)
+    h = group * BLOCK_H + tl.arange(0, BLOCK_H)
+    real = h[:, None] < heads
+    row = (token * tl.num_programs(1) + split) * heads + h
     acc *= (value_scale / tl.where(total > 0, total, 1.0))[:, None]
     if not FINAL:
         tl.store(lse + row, tl.where(total > 0, top + tl.log2(total), EMPTY), mask=h < heads)
