@@ -145,6 +145,22 @@ def test_what_cannot_be_followed_is_refused() -> None:
         sass.parse("        /*0000*/    ??? ;")
 
 
+@pytest.mark.parametrize(
+    ("body", "finding"),
+    [("BPT.TRAP 0x1", None), ("LDG.E R1, [R2]", "`LDG.E R1"), ("NOP", "`RET.REL.NODEC")],
+)
+def test_a_call_before_the_wait_is_followed(body: str, finding: str | None) -> None:
+    """Triton 3.6 checks tensor memory on sm_100 so: the function traps."""
+    code = f"CALL.REL.NOINC `($__f) ; ACQBULK ; EXIT ; $__f: {body} ; RET.REL.NODEC R2 `(k) ;"
+    lines = code.replace("$__f: ", "\n$__f:\n").replace(" ; ", " ;\n").splitlines()
+    listing = sass.parse(
+        "\n".join(x if x.endswith(":") else f"  /*0000*/  {x}" for x in lines if x)
+    )
+    kernel = ptx.parse(PTX.format(before=""))
+    violations = list(check_sass(listing, kernel))
+    assert any(finding in v for v in violations) if finding else not violations, violations
+
+
 def test_registered_kernels_are_proved() -> None:
     """One row in full and its other modes and targets; `minidsv.kernels.check` does them all."""
     assert prove(SPECS, one_row=True, jobs=os.cpu_count() or 1)
