@@ -13,7 +13,6 @@ follows the wait.
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -94,7 +93,7 @@ def _sparse_mla_kernel(
     factor, rope_factor, value_scale, heads, topk, split_keys,
     q_token, q_head, pe_token, pe_head, indices_token,
     C: tl.constexpr, R: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
-    GROUPED: tl.constexpr, FINAL: tl.constexpr, CARRY: tl.constexpr, PDL: tl.constexpr,
+    GROUPED: tl.constexpr, CARRY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     F16: tl.constexpr = latent.dtype.element_ty.is_fp8()
     WGMMA: tl.constexpr = BLOCK_H >= 64
@@ -114,7 +113,7 @@ def _sparse_mla_kernel(
         q = _to_f16(q)
         qr = qr if GROUPED else _to_f16(qr)
         if WGMMA:
-            own: tl.constexpr = C if FINAL else 2 * C  # a row of out in f16 elements
+            own: tl.constexpr = C * (out.dtype.element_ty.primitive_bitwidth // 16)  # a row in f16
             scratch = out.to(tl.pointer_type(tl.float16)) + region * own
             q = _reload(q, scratch, h[:, None] * own + c[None, :], real)
     top = tl.full([BLOCK_H], EMPTY, tl.float32)
@@ -150,9 +149,8 @@ def _sparse_mla_kernel(
         group = tl.minimum(group, heads)  # itself; see below
     h = group * BLOCK_H + tl.arange(0, BLOCK_H)  # again, so that no address is held over the loop
     acc *= (value_scale / tl.where(total > 0, total, 1.0))[:, None]
-    if not FINAL:
-        log = tl.where(total > 0, top + tl.log2(total), EMPTY)
-        tl.store(lse + region + h, log, mask=h < heads)
+    log = tl.where(total > 0, top + tl.log2(total), EMPTY)
+    tl.store(lse + region + h, log, mask=h < heads)
     at = (region + h)[:, None] * C + c[None, :]
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=h[:, None] < heads)
     pdl_end(PDL)
@@ -168,7 +166,7 @@ def _combine_splits_kernel(
     row = (token * SPLIT + s) * heads + head
     pdl_begin(PDL)
     log = tl.load(lse + row)
-    values = tl.load(partial + row[:, None] * C + c[None, :])
+    values = tl.load(partial + row[:, None] * C + c[None, :]).to(tl.float32)
     weight = tl.exp2(log - tl.max(log, 0))
     result = tl.sum(values * (weight / tl.sum(weight, 0))[:, None], 0)
     tl.store(out + (token * heads + head) * C + c, result.to(out.dtype.element_ty))
@@ -185,15 +183,15 @@ def constants(layout: str, tile: Tile, c: int, r: int) -> dict[str, int]:
     """Constexpr arguments; rows that a dot takes as loaded are pipelined with their indices."""
     return {
         "C": c, "R": r, "BLOCK_H": tile.block_m, "BLOCK_N": tile.block_n,
-        "GROUPED": layout == "fp8", "FINAL": tile.split == 1, "CARRY": layout != "bf16",
+        "GROUPED": layout == "fp8", "CARRY": layout != "bf16",
     }  # fmt: skip
 
 
 def sparse_row(layout: str, tile: Tile, c: int, r: int, query: str) -> Row:
-    """The launch on `layout` rows: split 1 writes bf16, more write fp32 partials."""
+    """The launch on `layout` rows."""
     pointers = {
         "q_latent": query, "q_pe": query, "latent": LATENTS[layout], "indices": "i64",
-        "out": "bf16" if tile.split == 1 else "fp32", "lse": "fp32",
+        "out": "bf16", "lse": "fp32",
     }  # fmt: skip
     arguments: dict[str, str | int | float] = {n: f"*{t}:16" for n, t in pointers.items()}
     arguments |= dict.fromkeys(("factor", "rope_factor", "value_scale"), "fp32")
@@ -205,7 +203,7 @@ def sparse_row(layout: str, tile: Tile, c: int, r: int, query: str) -> Row:
 
 def combine_row(split: int, c: int) -> Row:
     """The launch over `split` partials."""
-    arguments = {"partial": "*fp32:16", "lse": "*fp32:16", "out": "*bf16:16", "heads": "i32"}
+    arguments = {"partial": "*bf16:16", "lse": "*fp32:16", "out": "*bf16:16", "heads": "i32"}
     return Row(arguments | {"SPLIT": split, "C": c})
 
 
@@ -213,9 +211,7 @@ def _rows() -> Iterator[Row]:
     """Narrow tiles for each model; wide ones for those with 64 heads, none of them the bundled."""
     for layout, (c, r) in itertools.product(LATENTS, DIMS):
         for tiles in (NARROW, WIDE) if c == 512 else (NARROW,):
-            for split in (1, 2):
-                tile = replace(tiles[layout], split=split)
-                yield sparse_row(layout, tile, c, r, QUERIES[layout])
+            yield sparse_row(layout, tiles[layout], c, r, QUERIES[layout])
 
 
 SPARSE = KernelSpec(_sparse_mla_kernel, tuple(_rows()), min_capability=89, fp_fusion=True)
@@ -230,34 +226,40 @@ def _layout(kv_buffer: Tensor) -> str:
     return {torch.uint8: "fp8", torch.float8_e4m3fn: "flat"}.get(kv_buffer.dtype, "bf16")
 
 
+def _assert_sizes(c: int, r: int) -> None:
+    for name, size, least in (("C", c, 128), ("r", r, 16)):
+        assert size in (least << i for i in range(8)), (
+            f"{name} {size}: the kernel wants a power of two from {least} on"
+        )
+
+
 def attend(
     q_latent: Tensor, q_pe: Tensor, kv_buffer: Tensor, topk_indices: Tensor, out: Tensor,
     score_scale: float, value_scale: float, mode: PdlMode,
 ) -> None:  # fmt: skip
     """out [T, H, C] = attention; `score_scale` holds the scales of query and keys."""
     (tokens, heads, c), topk = q_latent.shape, topk_indices.shape[1]
+    _assert_sizes(c, q_pe.shape[2])
     layout = _layout(kv_buffer)
     tile = launch_config(f"sparse_mla_{layout}", tokens, (heads, topk))
-    steps = -(-topk // (tile.split * tile.block_n))
-    shape = (tokens, tile.split, heads)
-    final = tile.split == 1
     factor = score_scale * LOG2_E
-    halved = layout == "fp8" and tile.block_m >= 64
+    shape = (tokens, tile.split, heads)
     lse = torch.empty(shape, dtype=torch.float32, device=out.device)
-    partial = out if final else torch.empty((*shape, c), dtype=torch.float32, device=out.device)
+    partial = out.new_empty((*shape, c)) if tile.split > 1 else out
     args: dict[str, Any] = {
         "q_latent": q_latent, "q_pe": q_pe, "indices": topk_indices, "out": partial, "lse": lse,
-        "factor": factor, "rope_factor": factor * 0.5 if halved else factor,
-        "value_scale": value_scale,
-        "heads": heads, "topk": topk, "split_keys": steps * tile.block_n,
+        "latent": kv_buffer.view(torch.float8_e4m3fn) if layout == "fp8" else kv_buffer,
+        "factor": factor, "value_scale": value_scale,
+        "rope_factor": factor * 0.5 if layout == "fp8" and tile.block_m >= 64 else factor,
+        "heads": heads, "topk": topk,
+        "split_keys": -(-topk // (tile.split * tile.block_n)) * tile.block_n,
         "q_token": q_latent.stride(0), "q_head": q_latent.stride(1),
         "pe_token": q_pe.stride(0), "pe_head": q_pe.stride(1),
         "indices_token": topk_indices.stride(0),
     }  # fmt: skip
-    args |= {"latent": kv_buffer.view(torch.float8_e4m3fn) if layout == "fp8" else kv_buffer}
     args |= constants(layout, tile, c, q_pe.shape[2])
     grid = (-(-heads // tile.block_m), tile.split, tokens)
     SPARSE.launch(grid, mode, args, tile.num_warps, tile.num_stages)
-    if not final:
+    if tile.split > 1:
         combine = {"partial": partial, "lse": lse, "out": out, "heads": heads}
         COMBINE.launch((heads, tokens), mode, combine | {"SPLIT": tile.split, "C": c})
