@@ -14,6 +14,7 @@ INTERPRETED = [
     "test_router_triton.py",
     "test_moe_triton.py",
     "test_set_mla_kv_buffer_triton.py",
+    "test_sparse_mla_triton.py",
 ]
 
 
