@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minidsv.kernels.launch import KernelSpec, pdl_begin, pdl_end
+from minidsv.kernels import tiles_gemm
+from minidsv.kernels.launch import KernelSpec, Row, pdl_begin, pdl_end
 from minidsv.kernels.launch_config import launch_config
 from minidsv.kernels.pdl import PdlMode
 from minidsv.kernels.tile import Tile
@@ -43,14 +44,31 @@ def _absorb_kernel(
     pdl_end(PDL)
 
 
-ABSORB = KernelSpec(_absorb_kernel, (), frozenset({"w"}), fp_fusion=True)
+def _rows() -> tuple[Row, ...]:
+    """W_UK is read along its outputs, W_UV along what is summed."""
+    short, long, many = tiles_gemm.ABSORB_SHORT, tiles_gemm.ABSORB_LONG, tiles_gemm.ABSORB_MANY
+    launches = []
+    for axes, tiles in (
+        ({"w_row": 1, "w_column": "i32:16"}, (short, *many)),
+        ({"w_row": "i32:16", "w_column": 1}, (short, long, *many)),
+    ):
+        arguments: dict[str, str | int | float] = dict.fromkeys(("x", "w", "out"), "*bf16:16")
+        arguments |= {"m": "i32", "n": "i32:16", "k_size": "i32:16"}
+        arguments |= dict.fromkeys(("x_token", "x_head", "w_head"), "i32:16")
+        for t in tiles:
+            sizes = {"BLOCK_M": t.block_m, "BLOCK_N": t.block_n, "BLOCK_K": t.block_k}
+            launches.append(Row(arguments | axes | sizes, t.num_warps, t.num_stages))
+    return tuple(launches)
+
+
+ABSORB = KernelSpec(_absorb_kernel, _rows(), frozenset({"w"}), fp_fusion=True)
 SPECS = (ABSORB,)
 
 
 def multiply_heads(x: Tensor, weight: Tensor, mode: PdlMode) -> Tensor:
     """x [T, H, K], weight [H, N, K], any strides -> [T, H, N]."""
-    dims = weight.shape[1], weight.shape[2]
-    return multiply_heads_in(launch_config("absorb", len(x), dims), x, weight, mode)
+    tile = launch_config("absorb", len(x), (weight.shape[2],))
+    return multiply_heads_in(tile, x, weight, mode)
 
 
 def multiply_heads_in(tile: Tile, x: Tensor, weight: Tensor, mode: PdlMode) -> Tensor:

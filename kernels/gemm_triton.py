@@ -9,23 +9,48 @@ FP8 weights become bf16 exactly, by integer arithmetic, and each 128 columns' su
 In prefetch mode the first tiles of a program's weights are drawn into L2 before the wait.
 """
 
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import triton
 import triton.language as tl
 
+from minidsv.kernels import tiles_gemm
 from minidsv.kernels.launch import KernelSpec, pdl_begin, pdl_end
-from minidsv.kernels.segments_triton import REPLAY_CONSTANT, has_type, locate, select, store
+from minidsv.kernels.segments_triton import (
+    DENSE_SLOTS,
+    FP8_SLOTS,
+    REPLAY_CONSTANT,
+    has_type,
+    launch_rows,
+    locate,
+    select,
+    store,
+)
+from minidsv.kernels.tile import Tile
 
 
 @triton.jit
-def as_operand(w, x):
-    """Weights in the type of x, exactly; e4m3 moves 4 bits down in 16 and gains 2^120."""
+def as_operand(w, x, PAIRS: tl.constexpr):
+    """Weights in the type of x, exactly.
+
+    e4m3 s eeee mmm, its sign copied to the byte above and moved up 4 bits, is a bf16 with masked
+    exponent bits, 2^120 too small (0x7B80); subnormals too.
+
+    PAIRS: convert two at a time, which is how a warpgroup's operand leaves shared memory, not four.
+    """
     if w.dtype == tl.float8e4nv and x.dtype == tl.bfloat16:
+        if PAIRS:
+            return tl.inline_asm_elementwise(
+                """{ .reg .b32 a, s, t; cvt.u32.u16 a, $1; prmt.b32 a, a, 0, 0x9180;
+                shl.b32 a, a, 4; and.b32 a, a, 0x87F087F0;
+                mov.b32 s, 0x7B807B80; mov.b32 t, 0x80008000; fma.rn.bf16x2 $0, a, s, t; }""",
+                "=r,h", [w], dtype=tl.bfloat16, is_pure=True, pack=2,
+            )  # fmt: skip
         return tl.inline_asm_elementwise(
-            """{ .reg .b32 a, b, s, t;
-            prmt.b32 a, $2, 0, 0x1404; prmt.b32 b, $2, 0, 0x3424;
-            shr.u32 s, a, 4; shr.u32 t, b, 4;
-            and.b32 s, s, 0x07F007F0; and.b32 t, t, 0x07F007F0;
-            lop3.b32 a, a, 0x80008000, s, 0xEA; lop3.b32 b, b, 0x80008000, t, 0xEA;
+            """{ .reg .b32 a, b, s, t; prmt.b32 a, $2, 0, 0x9180; prmt.b32 b, $2, 0, 0xB3A2;
+            shl.b32 a, a, 4; and.b32 a, a, 0x87F087F0; shl.b32 b, b, 4; and.b32 b, b, 0x87F087F0;
             mov.b32 s, 0x7B807B80; mov.b32 t, 0x80008000;
             fma.rn.bf16x2 $0, a, s, t; fma.rn.bf16x2 $1, b, s, t; }""",
             "=r,=r,r", [w], dtype=tl.bfloat16, is_pure=True, pack=4,
@@ -63,7 +88,7 @@ def _narrow(
     for k0 in range(0, k_size, KS * 128):
         tile = tl.load(w + k0, mask=(rows < n) & (k < k_size - k0), other=0.0)
         values = tl.load(x + k0, mask=(tokens < m) & (k < k_size - k0), other=0.0)
-        sums = tl.dot(as_operand(tile, values), tl.permute(values, (0, 2, 1)))
+        sums = tl.dot(as_operand(tile, values, False), tl.permute(values, (0, 2, 1)))
         if tile.dtype == tl.float8e4nv:
             sums *= tl.load(s + k0 // 128, mask=part * 128 < k_size - k0, other=0.0)
         total += sums
@@ -82,16 +107,17 @@ def _narrow_kernel(
     if PDL == "prefetch":
         draw(w, row, n, k_size, BLOCK_N, KS * 256)
     pdl_begin(PDL)
-    tokens = tl.arange(0, BLOCK_M)[:, None]
     if has_type(slot, w0, w1, w2, w3, w0):
         y = _narrow(w, s, x, row, n, m, k_size, x_stride, BLOCK_M, BLOCK_N, KS)
+        tokens = tl.arange(0, BLOCK_M)[:, None]
         at = row + tl.arange(0, BLOCK_N)[None, :]
         store(slot, o0, o1, o2, o3, tokens * n + at, y, (tokens < m) & (at < n))
     elif MIXED:
         v, t = select(slot, w0, w1, w2, w3, w3), select(slot, s0, s1, s2, s3, s3)
         z = _narrow(v, t, x, row, n, m, k_size, x_stride, BLOCK_M, OTHER_N, KS)
-        to = row + tl.arange(0, OTHER_N)[None, :]
-        store(slot, o0, o1, o2, o3, tokens * n + to, z, (tokens < m) & (to < n))
+        m_at = tl.arange(0, BLOCK_M)[:, None]
+        n_at = row + tl.arange(0, OTHER_N)[None, :]
+        store(slot, o0, o1, o2, o3, m_at * n + n_at, z, (m_at < m) & (n_at < n))
     pdl_end(PDL)
 
 
@@ -111,10 +137,10 @@ def _wide(
         tile = tl.load(w + k0, mask=(row + rows < n) & (k < k_size - k0), other=0.0)
         values = tl.load(x + k0, mask=(token + tokens < m) & (k < k_size - k0), other=0.0)
         if tile.dtype == tl.float8e4nv:
-            sums = tl.dot(as_operand(tile, values), tl.trans(values))
+            sums = tl.dot(as_operand(tile, values, True), tl.trans(values))
             total += sums * tl.load(s + k0 // 128)
         else:
-            total = tl.dot(as_operand(tile, values), tl.trans(values), total)
+            total = tl.dot(as_operand(tile, values, True), tl.trans(values), total)
     return tl.trans(total)
 
 
@@ -143,6 +169,42 @@ def _wide_kernel(
     pdl_end(PDL)
 
 
-NARROW = KernelSpec(_narrow_kernel, (), REPLAY_CONSTANT, 89, True)
-WIDE = KernelSpec(_wide_kernel, (), REPLAY_CONSTANT, 89, True)
-SPECS = (NARROW, WIDE)
+Sizes = dict[str, str | int]
+ROWS = ("n0", "n1", "n2", "n3")
+
+
+def narrow_sizes(tile: Tile) -> Sizes:
+    """The narrow kernel's constants; rows of a second type come in sixteens."""
+    sizes = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "OTHER_N": 16}
+    return {**sizes, "KS": tile.split}
+
+
+def wide_sizes(tile: Tile) -> Sizes:
+    return {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
+
+
+def _spec(
+    kernel: Any, size: int, tiles: Sequence[Tile], sizes: Callable[[Tile], Sizes], n: str
+) -> KernelSpec:
+    """Of weights of `size` bytes; `n` is the type of the slots' numbers of rows."""
+
+    def own(tile: Tile) -> Sizes:
+        return {"m": "i32", "x_stride": "i32:16", **dict.fromkeys(ROWS, n), **sizes(tile)}
+
+    types, capability = (FP8_SLOTS, 89) if size == 1 else (DENSE_SLOTS, 80)
+    rows = launch_rows(types, tiles, own)
+    return KernelSpec(kernel, rows, REPLAY_CONSTANT, capability, fp_fusion=True)
+
+
+def _narrow_spec(size: int) -> KernelSpec:
+    tiles = dict.fromkeys(itertools.chain(*tiles_gemm.LINEAR[size].narrow))
+    return _spec(_narrow_kernel, size, [*tiles], narrow_sizes, "i32")
+
+
+def _wide_spec(size: int) -> KernelSpec:
+    return _spec(_wide_kernel, size, tiles_gemm.LINEAR[size].wide, wide_sizes, "i32:16")
+
+
+NARROW = {size: _narrow_spec(size) for size in tiles_gemm.LINEAR}
+WIDE = {size: _wide_spec(size) for size in tiles_gemm.LINEAR}
+SPECS = (*NARROW.values(), *WIDE.values())

@@ -9,17 +9,28 @@ up in fp32. The first tile is loaded before the wait.
 import triton
 import triton.language as tl
 
+from minidsv.kernels import tiles_gemm
 from minidsv.kernels.launch import KernelSpec, pdl_begin, pdl_end
-from minidsv.kernels.segments_triton import REPLAY_CONSTANT, has_type, locate, select, store
+from minidsv.kernels.segments_triton import (
+    DENSE_SLOTS,
+    FP8_SLOTS,
+    REPLAY_CONSTANT,
+    has_type,
+    launch_rows,
+    locate,
+    select,
+    store,
+)
+from minidsv.kernels.tile import Tile
 
 
 @triton.jit
 def _weights(w, row, n, k_size, k0, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """[BLOCK_N, BLOCK_K] of w from (row, k0) on, 0 outside; eight a thread, as x has them."""
-    rows = tl.arange(0, BLOCK_N)[:, None]
+    r = tl.arange(0, BLOCK_N)[:, None]
     k = k0 + tl.arange(0, BLOCK_K)[None, :]
-    pointers = w + row.to(tl.int64) * k_size + (rows * k_size + k)
-    mask = (row + rows < n) & (k < k_size)
+    pointers = w + row.to(tl.int64) * k_size + (r * k_size + k)
+    mask = (row + r < n) & (k < k_size)
     return tl.load(tl.max_contiguous(pointers, [1, 8]), mask=mask, other=0.0)
 
 
@@ -57,18 +68,18 @@ def _gemv_kernel(
     w = select(slot, w0, w1, w2, w3, w0)
     s = select(slot, s0, s1, s2, s3, s0)
     main = has_type(slot, w0, w1, w2, w3, w0)
-    rows = tl.where(main, n, 0)  # nothing is read for a program of the other type
+    readable = tl.where(main, n, 0)  # nothing is read for a program of the other type
     if PDL == "prefetch":
-        tile = _weights(w, row, rows, k_size, 0, BLOCK_N, BLOCK_K)
+        tile = _weights(w, row, readable, k_size, 0, BLOCK_N, BLOCK_K)
         if MIXED:
             w_other = select(slot, w0, w1, w2, w3, w3)
-            other = _weights(w_other, row, n - rows, k_size, 0, OTHER_N, BLOCK_K)
+            other = _weights(w_other, row, n - readable, k_size, 0, OTHER_N, BLOCK_K)
     pdl_begin(PDL)
     if PDL != "prefetch":
-        tile = _weights(w, row, rows, k_size, 0, BLOCK_N, BLOCK_K)
+        tile = _weights(w, row, readable, k_size, 0, BLOCK_N, BLOCK_K)
         if MIXED:
             w_other = select(slot, w0, w1, w2, w3, w3)
-            other = _weights(w_other, row, n - rows, k_size, 0, OTHER_N, BLOCK_K)
+            other = _weights(w_other, row, n - readable, k_size, 0, OTHER_N, BLOCK_K)
     if main:
         y = _rows(tile, w, s, x, row, n, k_size, BLOCK_N, BLOCK_K)
         at = row + tl.arange(0, BLOCK_N)
@@ -81,5 +92,21 @@ def _gemv_kernel(
     pdl_end(PDL)
 
 
-GEMV = KernelSpec(_gemv_kernel, (), REPLAY_CONSTANT, 89, True)
-SPECS = (GEMV,)
+def sizes(tile: Tile) -> dict[str, str | int]:
+    """The kernel's constants; a program has half as many rows of a wider second type."""
+    return {
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
+        "OTHER_N": max(1, tile.block_n // 2),
+    }
+
+
+def _spec(size: int, min_capability: int) -> KernelSpec:
+    """Of weights of `size` bytes."""
+    types, tiles = (FP8_SLOTS, DENSE_SLOTS)[size - 1], tiles_gemm.LINEAR[size].gemv
+    rows = launch_rows(types, tiles, sizes)
+    return KernelSpec(_gemv_kernel, rows, REPLAY_CONSTANT, min_capability, fp_fusion=True)
+
+
+GEMV = {1: _spec(1, 89), 2: _spec(2, 80)}
+SPECS = tuple(GEMV.values())

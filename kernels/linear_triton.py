@@ -11,8 +11,10 @@ from typing import Any
 from torch import Tensor
 
 from minidsv.kernels.gemm import Segment
-from minidsv.kernels.gemm_triton import NARROW, WIDE
+from minidsv.kernels.gemm_triton import NARROW, WIDE, narrow_sizes, wide_sizes
 from minidsv.kernels.gemv_triton import GEMV
+from minidsv.kernels.gemv_triton import sizes as gemv_sizes
+from minidsv.kernels.launch import KernelSpec
 from minidsv.kernels.launch_config import launch_config
 from minidsv.kernels.pdl import PdlMode
 from minidsv.kernels.segments_triton import slots, tiles
@@ -21,10 +23,13 @@ from minidsv.kernels.tile import Tile
 
 def project(x: Tensor, segments: Sequence[Segment], mode: PdlMode) -> list[Tensor]:
     """x [T, in] through each of `segments` -> [T, out] each."""
-    weights = [s.weight for s in segments]
-    rows = sum(len(w) for w in weights)
-    dims = rows, x.shape[1], weights[0].element_size()
+    dims = _size(segments), sum(len(s.weight) for s in segments)
     return project_in(launch_config("linear", len(x), dims), x, segments, mode)
+
+
+def _size(segments: Sequence[Segment]) -> int:
+    """Bytes of a weight: 1 where any is FP8, which decides the tile, else 2."""
+    return 1 if any(s.scale is not None for s in segments) else 2
 
 
 def project_in(tile: Tile, x: Tensor, segments: Sequence[Segment], mode: PdlMode) -> list[Tensor]:
@@ -35,23 +40,22 @@ def project_in(tile: Tile, x: Tensor, segments: Sequence[Segment], mode: PdlMode
         assert s.scale is None or s.scale.is_contiguous(), f"scale strides {s.scale.stride()}"
     args, outputs = slots(x, segments)
     args |= {"x": x, "k_size": x.shape[1]}
-    if len(x) == 0:
-        return outputs
-    spec, grid, sizes = _form(tile, args, len(x), x.stride(0))
-    spec.launch(grid, mode, args | sizes, tile.num_warps, tile.num_stages)
+    specs, grid, own = _form(tile, args, len(x), x.stride(0))
+    spec = specs[_size(segments)]
+    spec.launch(grid, mode, args | own, tile.num_warps, tile.num_stages)
     return outputs
 
 
-def _form(tile: Tile, args: dict[str, Any], m: int, x_stride: int):
-    """(kernel, grid, its own arguments)."""
-    sizes = {"BLOCK_N": tile.block_n}
+def _form(
+    tile: Tile, args: dict[str, Any], m: int, x_stride: int
+) -> tuple[dict[int, KernelSpec], tuple[int, ...], dict[str, Any]]:
+    """(kernels, grid, the kernel's own arguments)."""
     if tile.block_m == 1:
-        other = max(1, tile.block_n // 2)
-        sizes |= {"BLOCK_K": tile.block_k, "OTHER_N": other}
-        return GEMV, (tiles(args, tile.block_n, other),), sizes
-    sizes |= {"m": m, "x_stride": x_stride, "BLOCK_M": tile.block_m}
+        own = gemv_sizes(tile)
+        return GEMV, (min(m, 1) * tiles(args, tile.block_n, own["OTHER_N"]),), own
+    sizes = narrow_sizes(tile) if tile.split > 1 else wide_sizes(tile)
+    own = {"m": m, "x_stride": x_stride, **sizes}
+    blocks = tiles(args, tile.block_n, own.get("OTHER_N", tile.block_n))
     if tile.split > 1:
-        sizes |= {"KS": tile.split, "OTHER_N": 16}
-        return NARROW, (tiles(args, tile.block_n, 16),), sizes
-    blocks = tiles(args, tile.block_n, tile.block_n)
-    return WIDE, (-(-m // tile.block_m), blocks), sizes | {"BLOCK_K": tile.block_k}
+        return NARROW, (min(m, 1) * blocks,), own
+    return WIDE, (-(-m // tile.block_m), blocks), own

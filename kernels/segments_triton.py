@@ -5,7 +5,7 @@ with no rows. Weights may be of two types, slot 0's and slot 3's, outputs likewi
 selected among the slots of one type.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from minidsv.kernels.gemm import MAX_SEGMENTS, Segment
+from minidsv.kernels.launch import Row
+from minidsv.kernels.tile import Tile
 
 REPLAY_CONSTANT = frozenset(f"{letter}{slot}" for letter in "ws" for slot in range(MAX_SEGMENTS))
 
@@ -106,3 +108,31 @@ def tiles(args: dict[str, Any], block: int, other: int) -> int:
     dtype = args["w0"].dtype
     rows = [(args[f"n{i}"], block if args[f"w{i}"].dtype == dtype else other) for i in range(4)]
     return sum(-(-n // size) for n, size in rows)
+
+
+FP8_SLOTS = (
+    (("fp8e4nv", "bf16"),) * 4,
+    (("fp8e4nv", "bf16"),) * 3 + (("bf16", "fp32"),),
+)  # (weight, output) of each slot
+DENSE_SLOTS = (
+    (("bf16", "bf16"),) * 4,
+    (("bf16", "bf16"),) * 3 + (("bf16", "fp32"),),
+    (("bf16", "fp32"),) * 4,
+)
+
+
+def launch_rows(
+    slot_types: Iterable[tuple[tuple[str, str], ...]],
+    tiles: Iterable[Tile],
+    own: Callable[[Tile], dict[str, str | int]],
+) -> tuple[Row, ...]:
+    """Launches of a kernel in each of `tiles`; `own` are its arguments beside the slots'."""
+    launches = []
+    for types in slot_types:
+        arguments: dict[str, str | int | float] = {"x": "*bf16:16", "k_size": "i32:16"}
+        for slot, (weight, out) in enumerate(types):
+            scale = "fp32" if weight == "fp8e4nv" else weight
+            arguments |= {f"w{slot}": f"*{weight}:16", f"s{slot}": f"*{scale}:16"}
+            arguments |= {f"o{slot}": f"*{out}:16", f"n{slot}": "i32"}
+        launches += [Row(arguments | own(t), t.num_warps, t.num_stages) for t in tiles]
+    return tuple(launches)

@@ -10,6 +10,7 @@ NORM_TILES: dict[str, tuple[Tile, ...]] = {
         Tile(block_n=128, num_warps=1),
         Tile(block_n=512, num_warps=2),
         Tile(block_n=2048, num_warps=8),
+        Tile(block_n=8192, num_warps=16),
     ),
     "add_rms_norm": (
         Tile(block_n=256, num_warps=1),

@@ -129,6 +129,7 @@ class LLM:
         add_generation_prompt: bool | None = None,
         continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        cache_salt: str | None = None,
     ) -> list[RequestOutput]:
         """`generate` for one conversation or a list of them; see `ChatTemplate.render`.
 
@@ -145,9 +146,10 @@ class LLM:
             )
             for conversation in _conversations(messages)
         ]
-        outputs = self.generate(
-            [prompt.token_ids for prompt in prompts], sampling_params, on_output
-        )
+        items: list[Prompt] = [
+            {"prompt_token_ids": prompt.token_ids, "cache_salt": cache_salt} for prompt in prompts
+        ]
+        outputs = self.generate(items, sampling_params, on_output)
         pairs = zip(outputs, prompts, strict=True)
         return [replace(output, prompt=prompt.text) for output, prompt in pairs]
 

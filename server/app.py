@@ -61,7 +61,12 @@ def create_app(load: Callable[[], Engine], options: ServerOptions | None = None)
     app.state.serving = serving
     errors.install(app)
     keys = BearerKeys(serving.options)
-    app.add_middleware(Gate, keys=keys, max_body_bytes=serving.options.max_body_bytes)
+    app.add_middleware(
+        Gate,
+        keys=keys,
+        max_body_bytes=serving.options.max_body_bytes,
+        max_body_seconds=serving.options.max_body_seconds,
+    )
     for routes in ROUTERS:
         app.include_router(routes(serving))
     app.include_router(page.routes())

@@ -91,6 +91,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
         (401, "No accepted key."),
         (404, "No such path or model."),
         (405, "Not with this method."),
+        (408, "The body did not come in time."),
         (413, "The body is too long."),
         (500, "A bug, or the engine failed while it ran the request."),
         (503, "Starting, full or shutting down; see Retry-After."),

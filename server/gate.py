@@ -1,5 +1,6 @@
 """Gate: the ASGI layer around the application that every HTTP call passes, in and out."""
 
+import asyncio
 import logging
 import secrets
 
@@ -18,11 +19,15 @@ MAX_ID_LENGTH = 128
 
 
 class Gate:
-    """Gives each call an Exchange and an X-Request-Id, checks its key and the length of its body,
-    turns a bug below into the answer 500, and in the end aborts what still runs and logs a line."""
+    """Gives each call an Exchange and an X-Request-Id, checks its key, its body's length and the
+    time until that is there, turns a bug below into the answer 500, and in the end aborts what
+    still runs and logs a line."""
 
-    def __init__(self, app: ASGIApp, keys: BearerKeys, max_body_bytes: int):
-        self.app, self.keys, self.max_body_bytes = app, keys, max_body_bytes
+    def __init__(
+        self, app: ASGIApp, keys: BearerKeys, max_body_bytes: int, max_body_seconds: float
+    ):
+        self.app, self.keys = app, keys
+        self.max_body_bytes, self.max_body_seconds = max_body_bytes, max_body_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -34,7 +39,7 @@ class Gate:
         answer = _Answer(send, exchange.id)
         try:
             self.keys.check(scope["path"], headers)
-            body = _Body(receive, headers, self.max_body_bytes)
+            body = _Body(receive, headers, self.max_body_bytes, self.max_body_seconds)
             await self.app(scope, body.receive, answer.send)
         except ServerError as error:
             await error.response()(scope, receive, answer.send)
@@ -62,10 +67,12 @@ class _Answer:
 
 
 class _Body:
-    """The way in: no more than so many bytes, announced or not."""
+    """The way in: no more than so many bytes, announced or not, within so many seconds."""
 
-    def __init__(self, receive: Receive, headers: Headers, limit: int):
+    def __init__(self, receive: Receive, headers: Headers, limit: int, seconds: float):
         self._receive, self._limit, self._length = receive, limit, 0
+        self._seconds = seconds
+        self._deadline: float | None = asyncio.get_running_loop().time() + seconds
         announced = headers.get("content-length", "")
         if announced.isdecimal() and int(announced) > limit:
             raise ServerError(413, self._message, "invalid_request_error")
@@ -75,11 +82,19 @@ class _Body:
         return f"the body is longer than the {self._limit} bytes that this server takes"
 
     async def receive(self) -> Message:
-        message = await self._receive()
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                message = await self._receive()
+        except TimeoutError:  # HTTPException is the one kind that FastAPI lets through
+            raise HTTPException(
+                408, f"the body did not come within {self._seconds:g} seconds"
+            ) from None
         if message["type"] == "http.request":
             self._length += len(message.get("body", b""))
             if self._length > self._limit:
-                raise HTTPException(413, self._message)  # the one kind that FastAPI lets through
+                raise HTTPException(413, self._message)
+            if not message.get("more_body", False):
+                self._deadline = None  # what is awaited from here on is that the client leaves
         return message
 
 

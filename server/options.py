@@ -24,6 +24,9 @@ class ServerOptions:
     max_queued_requests: int = _option(256, "most requests that wait; more get 503", least=1)
     max_queued_tokens: int = _option(2**18, "most prompt tokens that wait; more get 503", least=1)
     max_body_bytes: int = _option(2**24, "longest request body; longer get 413", least=1)
+    max_body_seconds: float = _option(
+        60.0, "longest wait for a request's body; then 408", least=1e-3
+    )
     request_timeout: float = _option(0.0, "seconds for a request, its wait included; 0: no limit")
     drain_seconds: float = _option(30.0, "seconds that requests may go on at SIGTERM or Ctrl-C")
     stall_seconds: float = _option(120.0, "an engine step this long flips /health", least=1e-3)

@@ -14,6 +14,7 @@ from pydantic_core import to_json
 from minidsv.engine import Engine, StepOutput
 from minidsv.errors import RequestError
 from minidsv.request import IndexerTopk, Logprob, LogprobDict, Request, SamplingParams
+from minidsv.server.gate import MAX_ID_LENGTH
 from minidsv.server.protocol import (
     MAX_LOGPROBS,
     Biases,
@@ -110,8 +111,8 @@ class GenerateRequest(Body):
     return_text_in_logprobs: Flag = None
     return_indexer_topk: Flag = None  # ours, not SGLang's
     stream: Flag = None
-    rid: Text | None = None
-    extra_key: Annotated[Text, Field(min_length=1)] | None = None  # our cache_salt
+    rid: Annotated[Text, Field(min_length=1, max_length=MAX_ID_LENGTH)] | None = None
+    extra_key: Annotated[Text, Field(min_length=1, max_length=1024)] | None = None  # our cache_salt
 
     def prompt(self) -> str | list[int]:
         """The one prompt given; raises RequestError for none or two."""

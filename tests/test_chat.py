@@ -224,6 +224,9 @@ def test_llm_chat(dsv32: Path) -> None:
     [output] = llm.chat(PREFILL, params, continue_final_message=True)
     assert output.prompt is not None
     assert output.prompt.endswith("Hi, I")
+    long = [{"role": "user", "content": "hello " * 30}]
+    cached = [llm.chat(long, params, cache_salt=salt)[0].num_cached_tokens for salt in "aab"]
+    assert cached == [0, 128, 0]
     with pytest.raises(RequestError, match=r"messages\[0\].role"):
         llm.chat([{"content": "x"}])
     llm.close()

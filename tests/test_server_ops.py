@@ -126,6 +126,23 @@ def test_body_limit() -> None:
         assert served.client.post("/generate", json=body).status_code == 200
 
 
+def test_a_body_that_does_not_come() -> None:
+    """The time ends with the body: an answer may take longer."""
+
+    def pieces() -> Iterator[bytes]:
+        yield b'{"text": "'
+        time.sleep(1.5)
+        yield b'a"}'
+
+    long = {"text": "a", "sampling_params": {"max_new_tokens": 200, "ignore_eos": True}}
+    with serving(ServerOptions(max_body_seconds=0.5)) as served:
+        response = served.client.post("/generate", content=pieces())
+        assert_error(response, 408, None, "0.5 seconds")
+        start = time.monotonic()
+        assert served.client.post("/generate", json=long).status_code == 200
+        assert time.monotonic() - start > 0.5
+
+
 @pytest.mark.parametrize("given", ["mine-1", "~" * 128, "", "a b", "x" * 129, "\xe4", None])
 @pytest.mark.parametrize("path", ["/health", "/nowhere", "/generate"])
 def test_request_id(given: str | None, path: str, served: Served) -> None:
@@ -344,7 +361,7 @@ def test_schema_documents_every_error(served: Served) -> None:
     schema = served.client.get("/openapi.json").json()
     for path, operations in schema["paths"].items():
         for operation in operations.values():
-            missing = {"400", "401", "413", "500", "503"} - operation["responses"].keys()
+            missing = {"400", "401", "408", "413", "500", "503"} - operation["responses"].keys()
             assert not missing, path
             assert "422" not in operation["responses"], path
 
