@@ -12,7 +12,8 @@ from dataclasses import replace
 from minidsv.kernels.tile import Rule, Tile
 
 SMS = 132
-SELECT_BLOCKS = {1024: 4, 2048: 4, 4096: 4, 8192: 8, 16384: 16}  # scores in registers: warps
+SELECT_WARPS = {1024: 4, 2048: 4, 4096: 8, 8192: 16}  # by scores in registers
+CHUNK = 8192  # a longer row is thinned, so many scores a program
 
 
 ONE = Tile(1, 64, num_warps=4, num_stages=3)
@@ -32,13 +33,12 @@ def index_logits(m: int, dims: tuple[int, ...]) -> Tile:
 
 
 def thin_topk(m: int, dims: tuple[int, ...]) -> Tile:
-    chunk = 8192 if 16384 < dims[0] <= 32768 and dims[1] <= 4096 else 16384
-    return Tile(block_n=chunk, num_warps=SELECT_BLOCKS[chunk])
+    return Tile(block_n=CHUNK, num_warps=SELECT_WARPS[CHUNK])
 
 
 def select_topk(m: int, dims: tuple[int, ...]) -> Tile:
-    block = min(b for b in SELECT_BLOCKS if b >= max(dims))
-    return Tile(block_n=block, num_warps=SELECT_BLOCKS[block])
+    block = min(b for b in SELECT_WARPS if b >= max(dims))
+    return Tile(block_n=block, num_warps=SELECT_WARPS[block])
 
 
 def all_slots(m: int, dims: tuple[int, ...]) -> Tile:

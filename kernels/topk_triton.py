@@ -1,6 +1,6 @@
 """Triton kernels under `select_topk` and `all_slots`.
 
-A program keeps up to 32768 scores of a row in registers and narrows a bracket [low, high) until
+A program keeps up to 8192 scores of a row in registers and narrows a bracket [low, high) until
 the K-th best score is known:
 
     count(x >= low) >= K > count(x >= high)      done when the first is K, or low and high neighbour
@@ -29,7 +29,7 @@ from minidsv.kernels.launch import KernelSpec, Row, pdl_begin, pdl_end
 from minidsv.kernels.launch_config import launch_config
 from minidsv.kernels.pdl import PdlMode
 from minidsv.kernels.tile import Tile
-from minidsv.kernels.tiles_indexer import SELECT_BLOCKS
+from minidsv.kernels.tiles_indexer import CHUNK, SELECT_WARPS
 
 LOWEST = tl.constexpr(-2139095041)  # _order(-inf)
 BEYOND = tl.constexpr(2139095041)  # _order(inf) + 1: a NaN, which no score reaches
@@ -55,7 +55,7 @@ def _finite(x):
 @triton.jit
 def _first_pivots(x, n, k):
     """Two values about the K-th best of n normally distributed scores, and their deviation."""
-    seen = tl.where(x == x, x, 0.0)
+    seen = tl.where(_finite(x), x, 0.0)
     mean = tl.sum(seen, 0) / n
     deviation = tl.sqrt(tl.maximum(tl.sum(seen * seen, 0) / n - mean * mean, 0.0))
     quantile = mean + deviation * tl.log(tl.maximum(n - k, 1) / k.to(tl.float32)) / 1.702
@@ -84,7 +84,7 @@ def _next_pivots(low, high, over, m, deviation, halved, rounds):
 
 @triton.jit
 def _bracket(x, n, k):
-    """low, high as ordered integers and count(x >= high), for n scores, the rest of x NaN."""
+    """low, high as ordered integers, count(x >= low) and count(x >= high), for n scores in x."""
     low, high = tl.full((), LOWEST, tl.int32), tl.full((), BEYOND, tl.int32)
     from_low, from_high = n, n * 0
     a, b, deviation = _first_pivots(x, n, k)
@@ -106,86 +106,115 @@ def _bracket(x, n, k):
             high, from_high = first, from_first
         m = from_low - from_high
         a, b = _next_pivots(low, high, from_low - k, m, deviation, 2 * m <= before, rounds)
-    return low, high, from_high
+    return low, high, from_low, from_high
 
 
 @triton.jit
-def _choose(x, n, k):
-    """Each score's place among the k best, -1 if it is not; n scores, the rest of x NaN."""
-    low, high, above = _bracket(x, n, k)
-    surely = x >= _value(high)
-    perhaps = (x >= _value(low)) & ~surely
-    ones = tl.where(surely, 1, 0) + tl.where(perhaps, 65536, 0)
-    before = tl.cumsum(ones, 0) - ones
-    ties = (before >> 16) & 0xFFFF
-    chosen = surely | (perhaps & (ties < k - above))
-    return tl.where(chosen, (before & 0xFFFF) + tl.minimum(ties, k - above), -1)
+def _places(chosen, BLOCK: tl.constexpr):
+    """How many are chosen before each position.
+
+    The halves' counts share a word; sums of 32 lanes first, so that few cross the warps.
+    """
+    ones = tl.reshape(tl.where(chosen, 1, 0), (2, BLOCK // 2))
+    half = tl.arange(0, 2)[:, None]
+    pairs = tl.reshape(tl.sum(ones << (half * 16), 0), (BLOCK // 64, 32))
+    sums = tl.sum(pairs, 1)
+    before = tl.cumsum(sums, 0) - sums
+    pairs = tl.reshape(tl.cumsum(pairs, 1) + before[:, None], (1, BLOCK // 2))
+    first = tl.sum(sums, 0) & 0xFFFF
+    return tl.reshape(((pairs >> (half * 16)) & 0xFFFF) - ones + half * first, (BLOCK,))
 
 
 @triton.jit
-def _load_scores(scores, offsets, within, n):
-    """Scores with NaN as -inf, and NaN from the n-th on."""
-    x = tl.load(scores + offsets, mask=within, other=0.0)
-    x = tl.where(x == x, x, float("-inf"))
-    return tl.where(offsets < n, x, float("nan"))
+def _choose(x, n, k, BLOCK: tl.constexpr):
+    """Which of the n scores in x (then -inf) are the k best; their places."""
+    low, high, from_low, from_high = _bracket(x, n, k)
+    if (from_low > k) | (n <= k):  # some that are as good come too late, or are none
+        ties = (x >= _value(low)) & ~(x >= _value(high))
+        kept = _places(ties, BLOCK) < tl.minimum(n, k) - from_high
+        x = tl.where(ties & ~kept, float("nan"), x)
+    chosen = x >= _value(low)
+    return chosen, _places(chosen, BLOCK)
 
 
 @triton.jit
-def _survivors(n, k, CHUNK: tl.constexpr, LEVELS: tl.constexpr):
-    """Length of a row of n scores after thinning."""
-    for _ in tl.static_range(LEVELS):
+def _load_scores(scores, where, within, n):
+    """Scores with NaN as -inf, and -inf from the n-th on."""
+    x = tl.maximum(tl.load(scores + where, mask=within, other=0.0), float("-inf"))
+    return tl.where(where < n, x, float("-inf"))
+
+
+@triton.jit
+def _survivors(n, k, levels, CHUNK: tl.constexpr):
+    """Length of a row of n scores after thinning `levels` times."""
+    for _ in range(levels):
         n = n // CHUNK * k + tl.minimum(n % CHUNK, k)
     return n
 
 
-@triton.jit(do_not_specialize=["k"], do_not_specialize_on_alignment=["seq_lens"])
+@triton.jit(
+    do_not_specialize=["k", "levels"],
+    do_not_specialize_on_alignment=[
+        "scores", "positions", "scores_out", "positions_out", "seq_lens"
+    ],
+)  # fmt: skip
 def _thin_kernel(
-    scores, positions, scores_out, positions_out, seq_lens, k, stride, stride_out,
-    CHUNK: tl.constexpr, LEVELS: tl.constexpr, PDL: tl.constexpr,
+    scores, positions, scores_out, positions_out, seq_lens, k, levels, stride, stride_out,
+    CHUNK: tl.constexpr, THINNED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One chunk's k best, in their order; `positions` are those of `scores` from level 1 on."""
+    """One chunk's k best, in their order; `positions` are those of `scores`, if thinned before."""
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    offsets = tl.arange(0, CHUNK)
+    where = tl.arange(0, CHUNK)
     pdl_begin(PDL)
-    n = _survivors(tl.load(seq_lens + row).to(tl.int32), k, CHUNK, LEVELS) - chunk * CHUNK
+    n = _survivors(tl.load(seq_lens + row).to(tl.int32), k, levels, CHUNK) - chunk * CHUNK
     if n > 0:
         n = tl.minimum(n, CHUNK)
         start = row * stride + chunk * CHUNK
-        x = _load_scores(scores + start, offsets, offsets < n, n)
-        place = _choose(x, n, k)
-        chosen, out = place >= 0, row * stride_out + chunk * k + place
-        tl.store(scores_out + out, x, mask=chosen)
-        where = chunk * CHUNK + offsets
-        if LEVELS > 0:
-            where = tl.load(positions + start + offsets, mask=chosen, other=0)
-        tl.store(positions_out + out, where, mask=chosen)
+        x = _load_scores(scores + start, where, where < n, n)
+        position = chunk * CHUNK + where
+        if THINNED:
+            position = tl.load(positions + start + where, mask=where < n, other=0)
+        chosen, place = _choose(x, n, k, CHUNK)
+        out = row * stride_out + chunk * k
+        tl.store(scores_out + out + place, x, mask=chosen)
+        tl.store(positions_out + out + place, position, mask=chosen)
     pdl_end(PDL)
 
 
+@triton.jit
+def _pages(positions, table, where, n, THINNED: tl.constexpr, PAGE: tl.constexpr):
+    """The position that each of n scores has in its request, and that position's page."""
+    position = where
+    if THINNED:
+        position = tl.load(positions + where, mask=where < n, other=0)
+    return position, tl.load(table + position // PAGE, mask=where < n, other=0).to(tl.uint32)
+
+
 @triton.jit(
-    do_not_specialize=["k", "columns", "pages"],
-    do_not_specialize_on_alignment=["seq_lens", "block_table", "request_index"],
-)
+    do_not_specialize=["k", "levels", "columns", "pages"],
+    do_not_specialize_on_alignment=[
+        "scores", "positions", "seq_lens", "block_table", "request_index"
+    ],
+)  # fmt: skip
 def _select_kernel(
-    slots, scores, positions, seq_lens, block_table, request_index, k, columns, stride, pages,
-    BLOCK: tl.constexpr, CHUNK: tl.constexpr, LEVELS: tl.constexpr, PAGE: tl.constexpr,
+    slots, scores, positions, seq_lens, block_table, request_index,
+    k, levels, columns, stride, pages,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr, THINNED: tl.constexpr, PAGE: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """The slots of a row's k best of at most `columns` <= BLOCK scores, then -1."""
     row = tl.program_id(0).to(tl.int64)
-    offsets = tl.arange(0, BLOCK)
+    where = tl.arange(0, BLOCK)
     pdl_begin(PDL)
-    request = tl.load(request_index + row).to(tl.int64)
-    n = _survivors(tl.load(seq_lens + row).to(tl.int32), k, CHUNK, LEVELS)
-    x = _load_scores(scores + row * stride, offsets, offsets < columns, n)
-    place = _choose(x, n, k)
-    chosen, out = place >= 0, row * k + place
-    where = offsets
-    if LEVELS > 0:
-        where = tl.load(positions + row * stride + offsets, mask=chosen, other=0)
-    page = tl.load(block_table + request * pages + where // PAGE, mask=chosen, other=0)
-    tl.store(slots + out, page.to(tl.int64) * PAGE + where % PAGE, mask=chosen)
-    tl.store(slots + row * k + offsets, -1, mask=(offsets >= n) & (offsets < k))
+    table = block_table + tl.load(request_index + row).to(tl.int64) * pages
+    n = _survivors(tl.load(seq_lens + row).to(tl.int32), k, levels, CHUNK)
+    x = _load_scores(scores + row * stride, where, where < columns, n)
+    position, page = _pages(positions + row * stride, table, where, n, THINNED, PAGE)
+    chosen, place = _choose(x, n, k, BLOCK)
+    slot = page.to(tl.int64) * PAGE + position % PAGE
+    tl.store(slots + row * k + place, slot, mask=chosen)
+    if n < k:
+        tl.store(slots + row * k + where, -1, mask=(where >= n) & (where < k))
     pdl_end(PDL)
 
 
@@ -218,32 +247,31 @@ class Scores:
 
 
 _SCORES = {
-    "scores": "*fp32:16", "positions": "*i32:16", "seq_lens": "*i64", "k": "i32", "stride": "i32:16"
+    "scores": "*fp32", "positions": "*i32", "seq_lens": "*i64", "k": "i32", "levels": "i32",
+    "stride": "i32:16", "CHUNK": CHUNK,
 }  # fmt: skip
 _TABLES = {"request_index": "*i64", "pages": "i32", "PAGE": PAGE_SIZE}
 
 
-def _select_row(block: int, chunk: int = 0, levels: int = 0, table: str = "*i64") -> Row:
+def _select_row(block: int, thinned: bool = False, table: str = "*i64") -> Row:
     more = {"slots": "*i64:16", "block_table": table, "columns": "i32"}
-    sizes = {"BLOCK": block, "CHUNK": chunk, "LEVELS": levels}
-    return Row(_SCORES | _TABLES | more | sizes, SELECT_BLOCKS[block])
+    sizes = {"BLOCK": block, "THINNED": thinned}
+    return Row(_SCORES | _TABLES | more | sizes, SELECT_WARPS[block])
 
 
-def _thin_row(chunk: int, level: int) -> Row:
-    more = {"scores_out": "*fp32:16", "positions_out": "*i32:16", "stride_out": "i32:16"}
-    return Row(_SCORES | more | {"CHUNK": chunk, "LEVELS": level}, SELECT_BLOCKS[chunk])
+def _thin_row(thinned: bool) -> Row:
+    more = {"scores_out": "*fp32", "positions_out": "*i32", "stride_out": "i32:16"}
+    return Row(_SCORES | more | {"THINNED": thinned}, SELECT_WARPS[CHUNK])
 
 
-_THINNED = ((8192, 1), (16384, 1), (16384, 2))  # chunk, levels
 SELECT = KernelSpec(
     _select_kernel,
     (
-        *(_select_row(block) for block in SELECT_BLOCKS),
-        *(_select_row(b, *thinned) for b in SELECT_BLOCKS for thinned in _THINNED),
+        *(_select_row(block, thinned) for block in SELECT_WARPS for thinned in (False, True)),
         _select_row(4096, table="*i32"),
     ),
 )
-THIN = KernelSpec(_thin_kernel, tuple(_thin_row(c, levels - 1) for c, levels in _THINNED))
+THIN = KernelSpec(_thin_kernel, (_thin_row(False), _thin_row(True)))
 ALL_SLOTS = KernelSpec(
     _all_slots_kernel,
     tuple(
@@ -274,7 +302,8 @@ def _thin(left: Scores, tile: Tile, seq_lens: Tensor, k: int, mode: PdlMode) -> 
         "stride": left.values.stride(0),
         "stride_out": values.stride(0),
         "CHUNK": tile.block_n,
-        "LEVELS": left.levels,
+        "levels": left.levels,
+        "THINNED": left.levels > 0,
     }
     THIN.launch((rows, chunks), mode, args, tile.num_warps)
     return Scores(values, positions, left.levels + 1)
@@ -307,8 +336,9 @@ def select(
         "columns": columns,
         "stride": left.values.stride(0),
         "BLOCK": tile.block_n,
-        "LEVELS": left.levels,
-        "CHUNK": thin.block_n if left.levels else 0,
+        "levels": left.levels,
+        "THINNED": left.levels > 0,
+        "CHUNK": thin.block_n,
     }
     SELECT.launch((rows,), mode, args | _rows(seq_lens, block_table, request_index), tile.num_warps)
     return slots

@@ -15,6 +15,8 @@ INTERPRETED = [
     "test_moe_triton.py",
     "test_set_mla_kv_buffer_triton.py",
     "test_sparse_mla_triton.py",
+    "test_indexer_logits_triton.py",
+    "test_topk_triton.py",
 ]
 
 
