@@ -46,13 +46,16 @@ def _absorb_kernel(
 
 def _rows() -> tuple[Row, ...]:
     """W_UK is read along its outputs, W_UV along what is summed."""
-    few, tiles = tiles_gemm.ABSORB_FEW, tiles_gemm.ABSORB_MANY
+    short, long, many = tiles_gemm.ABSORB_SHORT, tiles_gemm.ABSORB_LONG, tiles_gemm.ABSORB_MANY
     launches = []
-    for axes in ({"w_row": 1, "w_column": "i32:16"}, {"w_row": "i32:16", "w_column": 1}):
+    for axes, tiles in (
+        ({"w_row": 1, "w_column": "i32:16"}, (short, *many)),
+        ({"w_row": "i32:16", "w_column": 1}, (short, long, *many)),
+    ):
         arguments: dict[str, str | int | float] = dict.fromkeys(("x", "w", "out"), "*bf16:16")
         arguments |= {"m": "i32", "n": "i32:16", "k_size": "i32:16"}
         arguments |= dict.fromkeys(("x_token", "x_head", "w_head"), "i32:16")
-        for t in (*few, *tiles):
+        for t in tiles:
             sizes = {"BLOCK_M": t.block_m, "BLOCK_N": t.block_n, "BLOCK_K": t.block_k}
             launches.append(Row(arguments | axes | sizes, t.num_warps, t.num_stages))
     return tuple(launches)

@@ -9,7 +9,8 @@ FP8 weights become bf16 exactly, by integer arithmetic, and each 128 columns' su
 In prefetch mode the first tiles of a program's weights are drawn into L2 before the wait.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import triton
@@ -32,24 +33,24 @@ from minidsv.kernels.tile import Tile
 
 @triton.jit
 def as_operand(w, x, PAIRS: tl.constexpr):
-    """Weights in the type of x, exactly; e4m3 moves 4 bits down in 16 and gains 2^120.
+    """Weights in the type of x, exactly.
+
+    e4m3 s eeee mmm, its sign copied to the byte above and moved up 4 bits, is a bf16 with masked
+    exponent bits, 2^120 too small (0x7B80); subnormals too.
 
     PAIRS: convert two at a time, which is how a warpgroup's operand leaves shared memory, not four.
     """
     if w.dtype == tl.float8e4nv and x.dtype == tl.bfloat16:
         if PAIRS:
             return tl.inline_asm_elementwise(
-                """{ .reg .b32 a, s, t; cvt.u32.u16 a, $1; prmt.b32 a, a, 0, 0x1404;
-                shr.u32 s, a, 4; and.b32 s, s, 0x07F007F0; lop3.b32 a, a, 0x80008000, s, 0xEA;
+                """{ .reg .b32 a, s, t; cvt.u32.u16 a, $1; prmt.b32 a, a, 0, 0x9180;
+                shl.b32 a, a, 4; and.b32 a, a, 0x87F087F0;
                 mov.b32 s, 0x7B807B80; mov.b32 t, 0x80008000; fma.rn.bf16x2 $0, a, s, t; }""",
                 "=r,h", [w], dtype=tl.bfloat16, is_pure=True, pack=2,
             )  # fmt: skip
         return tl.inline_asm_elementwise(
-            """{ .reg .b32 a, b, s, t;
-            prmt.b32 a, $2, 0, 0x1404; prmt.b32 b, $2, 0, 0x3424;
-            shr.u32 s, a, 4; shr.u32 t, b, 4;
-            and.b32 s, s, 0x07F007F0; and.b32 t, t, 0x07F007F0;
-            lop3.b32 a, a, 0x80008000, s, 0xEA; lop3.b32 b, b, 0x80008000, t, 0xEA;
+            """{ .reg .b32 a, b, s, t; prmt.b32 a, $2, 0, 0x9180; prmt.b32 b, $2, 0, 0xB3A2;
+            shl.b32 a, a, 4; and.b32 a, a, 0x87F087F0; shl.b32 b, b, 4; and.b32 b, b, 0x87F087F0;
             mov.b32 s, 0x7B807B80; mov.b32 t, 0x80008000;
             fma.rn.bf16x2 $0, a, s, t; fma.rn.bf16x2 $1, b, s, t; }""",
             "=r,=r,r", [w], dtype=tl.bfloat16, is_pure=True, pack=4,
@@ -106,16 +107,17 @@ def _narrow_kernel(
     if PDL == "prefetch":
         draw(w, row, n, k_size, BLOCK_N, KS * 256)
     pdl_begin(PDL)
-    tokens = tl.arange(0, BLOCK_M)[:, None]
     if has_type(slot, w0, w1, w2, w3, w0):
         y = _narrow(w, s, x, row, n, m, k_size, x_stride, BLOCK_M, BLOCK_N, KS)
+        tokens = tl.arange(0, BLOCK_M)[:, None]
         at = row + tl.arange(0, BLOCK_N)[None, :]
         store(slot, o0, o1, o2, o3, tokens * n + at, y, (tokens < m) & (at < n))
     elif MIXED:
         v, t = select(slot, w0, w1, w2, w3, w3), select(slot, s0, s1, s2, s3, s3)
         z = _narrow(v, t, x, row, n, m, k_size, x_stride, BLOCK_M, OTHER_N, KS)
-        to = row + tl.arange(0, OTHER_N)[None, :]
-        store(slot, o0, o1, o2, o3, tokens * n + to, z, (tokens < m) & (to < n))
+        m_at = tl.arange(0, BLOCK_M)[:, None]
+        n_at = row + tl.arange(0, OTHER_N)[None, :]
+        store(slot, o0, o1, o2, o3, m_at * n + n_at, z, (m_at < m) & (n_at < n))
     pdl_end(PDL)
 
 
@@ -167,35 +169,42 @@ def _wide_kernel(
     pdl_end(PDL)
 
 
-def narrow_sizes(tile: Tile) -> dict[str, str | int]:
+Sizes = dict[str, str | int]
+ROWS = ("n0", "n1", "n2", "n3")
+
+
+def narrow_sizes(tile: Tile) -> Sizes:
     """The narrow kernel's constants; rows of a second type come in sixteens."""
     sizes = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "OTHER_N": 16}
     return {**sizes, "KS": tile.split}
 
 
-def wide_sizes(tile: Tile) -> dict[str, str | int]:
+def wide_sizes(tile: Tile) -> Sizes:
     return {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
 
 
-def _specs(
-    kernel: Any,
-    tiles: dict[int, tuple[Tile, ...]],
-    sizes: Callable[[Tile], dict[str, str | int]],
-    **types: str,
-) -> dict[int, KernelSpec]:
-    """By bytes of a weight; `types` are of the arguments beside the slots' and the constants."""
+def _spec(
+    kernel: Any, size: int, tiles: Sequence[Tile], sizes: Callable[[Tile], Sizes], n: str
+) -> KernelSpec:
+    """Of weights of `size` bytes; `n` is the type of the slots' numbers of rows."""
 
-    def own(tile: Tile) -> dict[str, str | int]:
-        return {"m": "i32", "x_stride": "i32:16", **types, **sizes(tile)}
+    def own(tile: Tile) -> Sizes:
+        return {"m": "i32", "x_stride": "i32:16", **dict.fromkeys(ROWS, n), **sizes(tile)}
 
-    return {
-        1: KernelSpec(kernel, launch_rows(FP8_SLOTS, tiles[1], own), REPLAY_CONSTANT, 89, True),
-        2: KernelSpec(kernel, launch_rows(DENSE_SLOTS, tiles[2], own), REPLAY_CONSTANT, 80, True),
-    }
+    types, capability = (FP8_SLOTS, 89) if size == 1 else (DENSE_SLOTS, 80)
+    rows = launch_rows(types, tiles, own)
+    return KernelSpec(kernel, rows, REPLAY_CONSTANT, capability, fp_fusion=True)
 
 
-NARROW = _specs(_narrow_kernel, tiles_gemm.NARROW, narrow_sizes)
-WIDE = _specs(
-    _wide_kernel, tiles_gemm.WIDE, wide_sizes, **dict.fromkeys(("n0", "n1", "n2", "n3"), "i32:16")
-)
+def _narrow_spec(size: int) -> KernelSpec:
+    tiles = dict.fromkeys(itertools.chain(*tiles_gemm.LINEAR[size].narrow))
+    return _spec(_narrow_kernel, size, [*tiles], narrow_sizes, "i32")
+
+
+def _wide_spec(size: int) -> KernelSpec:
+    return _spec(_wide_kernel, size, tiles_gemm.LINEAR[size].wide, wide_sizes, "i32:16")
+
+
+NARROW = {size: _narrow_spec(size) for size in tiles_gemm.LINEAR}
+WIDE = {size: _wide_spec(size) for size in tiles_gemm.LINEAR}
 SPECS = (*NARROW.values(), *WIDE.values())

@@ -101,19 +101,12 @@ def sizes(tile: Tile) -> dict[str, str | int]:
     }
 
 
-GEMV = {
-    1: KernelSpec(
-        _gemv_kernel,
-        launch_rows(FP8_SLOTS, (tiles_gemm.GEMV[1],), sizes),
-        REPLAY_CONSTANT,
-        min_capability=89,
-        fp_fusion=True,
-    ),
-    2: KernelSpec(
-        _gemv_kernel,
-        launch_rows(DENSE_SLOTS, (tiles_gemm.GEMV[2],), sizes),
-        REPLAY_CONSTANT,
-        fp_fusion=True,
-    ),
-}
+def _spec(size: int, min_capability: int) -> KernelSpec:
+    """Of weights of `size` bytes."""
+    types, tiles = (FP8_SLOTS, DENSE_SLOTS)[size - 1], tiles_gemm.LINEAR[size].gemv
+    rows = launch_rows(types, tiles, sizes)
+    return KernelSpec(_gemv_kernel, rows, REPLAY_CONSTANT, min_capability, fp_fusion=True)
+
+
+GEMV = {1: _spec(1, 89), 2: _spec(2, 80)}
 SPECS = tuple(GEMV.values())

@@ -23,7 +23,8 @@ from minidsv.kernels.tile import Tile
 
 def project(x: Tensor, segments: Sequence[Segment], mode: PdlMode) -> list[Tensor]:
     """x [T, in] through each of `segments` -> [T, out] each."""
-    return project_in(launch_config("linear", len(x), (_size(segments),)), x, segments, mode)
+    dims = _size(segments), sum(len(s.weight) for s in segments)
+    return project_in(launch_config("linear", len(x), dims), x, segments, mode)
 
 
 def _size(segments: Sequence[Segment]) -> int:

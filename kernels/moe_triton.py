@@ -55,7 +55,7 @@ def _product(
 
     FP8: `low` and `high` point to the block scales of the first and the second half of the rows.
     """
-    k = tl.arange(0, BK)
+    k = tl.arange(0, 128)  # columns of a scale
     acc = tl.zeros((ROWS, BT), dtype=tl.float32)
     is_low = tl.arange(0, ROWS) < ROWS // 2
     fp8: tl.constexpr = w.dtype.scalar.element_ty == tl.float8e4nv
@@ -63,22 +63,24 @@ def _product(
         scale_low, scale_high = tl.load(low), tl.load(high)
         last = (size - 1) // 128
     for start in range(0, size, BK):
-        if EVEN:
-            weight = tl.load(w[:, None] + (start + k)[None, :])
-            token = tl.load(x[:, None] + (start + k)[None, :])
-        else:
-            inside = (start + k < size)[None, :]
-            weight = tl.load(w[:, None] + (start + k)[None, :], mask=inside, other=0.0)
-            token = tl.load(x[:, None] + (start + k)[None, :], mask=inside, other=0.0)
-        if fp8:
-            scale = tl.where(is_low, scale_low, scale_high)
-            following = tl.minimum((start + BK) // 128, last)
-            scale_low, scale_high = tl.load(low + following), tl.load(high + following)
-            if token.dtype != tl.float16:
-                token = to_f16(token)
-            acc += tl.dot(weight.to(tl.float16), tl.trans(token)) * scale[:, None]
-        else:
-            acc = tl.dot(weight, tl.trans(token), acc)
+        for part in tl.static_range(0, BK, 128):
+            at = start + part
+            if EVEN:
+                weight = tl.load(w[:, None] + (at + k)[None, :])
+                token = tl.load(x[:, None] + (at + k)[None, :])
+            else:
+                inside = (at + k < size)[None, :]
+                weight = tl.load(w[:, None] + (at + k)[None, :], mask=inside, other=0.0)
+                token = tl.load(x[:, None] + (at + k)[None, :], mask=inside, other=0.0)
+            if fp8:
+                scale = tl.where(is_low, scale_low, scale_high)
+                following = tl.minimum((at + 128) // 128, last)
+                scale_low, scale_high = tl.load(low + following), tl.load(high + following)
+                if token.dtype != tl.float16:
+                    token = to_f16(token)
+                acc += tl.dot(weight.to(tl.float16), tl.trans(token)) * scale[:, None]
+            else:
+                acc = tl.dot(weight, tl.trans(token), acc)
     return acc
 
 

@@ -27,33 +27,23 @@ def _router_gemv_kernel(
     x, weight, out, tokens, experts, hidden,
     BN: tl.constexpr, BM: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    n, k = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BLOCK_K)
-    m = tl.arange(0, BM)
-    wide = (k < hidden)[None, :]
-    rows = weight + n.to(tl.int64)[:, None] * hidden + k[None, :]
+    n = (tl.program_id(0) * BN + tl.arange(0, BN))[None, :]
+    m, k = tl.arange(0, BM)[:, None], tl.arange(0, BLOCK_K)[None, None, :]  # [BM, BN, BLOCK_K]
+    rows = weight + n.to(tl.int64)[:, :, None] * hidden + k
+    there = (n < experts)[:, :, None] & (k < hidden)
     if PDL == "prefetch":
-        w = tl.load(rows, mask=(n < experts)[:, None] & wide, other=0.0)
+        w = tl.load(rows, mask=there, other=0.0)
         pdl_begin(PDL)
     else:
         pdl_begin(PDL)
-        w = tl.load(rows, mask=(n < experts)[:, None] & wide, other=0.0)
+        w = tl.load(rows, mask=there, other=0.0)
     w = w.to(tl.float32)
     for start in range(0, tokens, BM):
-        token = start + m
-        row = tl.load(
-            x + token.to(tl.int64)[:, None] * hidden + k[None, :],
-            mask=(token < tokens)[:, None] & wide,
-            other=0.0,
-        ).to(tl.float32)
-        if BM == 1:
-            total = tl.sum(row * w, 1)[None, :]
-        else:
-            total = tl.sum(row[:, None, :] * w[None, :, :], 2)
-        tl.store(
-            out + token.to(tl.int64)[:, None] * experts + n[None, :],
-            total.to(out.dtype.element_ty),
-            mask=(token < tokens)[:, None] & (n < experts)[None, :],
-        )
+        token = (start + m).to(tl.int64)
+        inside = (token < tokens)[:, :, None] & (k < hidden)
+        row = tl.load(x + token[:, :, None] * hidden + k, mask=inside, other=0.0).to(tl.float32)
+        logits = tl.sum(row * w, 2).to(out.dtype.element_ty)
+        tl.store(out + token * experts + n, logits, mask=(token < tokens) & (n < experts))
     pdl_end(PDL)
 
 
@@ -90,10 +80,10 @@ def _order(x):
 
 
 @triton.jit
-def _first_largest(keys, index, SIZE: tl.constexpr):
+def _first_largest(keys, index, NONE: tl.constexpr):
     """(largest key of a vector, lowest index that has it)."""
     best = tl.max(keys, 0)
-    return best, tl.min(tl.where(keys == best, index, SIZE), 0)
+    return best, tl.min(tl.where(keys == best, index, NONE), 0)
 
 
 @triton.jit
@@ -142,11 +132,12 @@ def _grouped_topk_kernel(
         key = tl.where(exists & (kept[:, None] == 0), dropped, key)
     flat_key = tl.reshape(key, (BLOCK_G * BLOCK_S,))
     flat_score = tl.reshape(score, (BLOCK_G * BLOCK_S,))
-    index = tl.reshape(expert, (BLOCK_G * BLOCK_S,))
+    nobody: tl.constexpr = BLOCK_G * BLOCK_S
+    index = tl.reshape(tl.where(exists, expert, nobody), (nobody,))
     chosen = tl.zeros((BLOCK_K,), dtype=tl.int32)
     weight = tl.zeros((BLOCK_K,), dtype=tl.float32)
     for i in tl.static_range(TOP_K):
-        _best, best_expert = _first_largest(flat_key, index, BLOCK_G * SIZE)
+        _best, best_expert = _first_largest(flat_key, index, nobody)
         hit = index == best_expert
         chosen = tl.where(j == i, best_expert, chosen)
         weight = tl.where(j == i, tl.sum(tl.where(hit, flat_score, 0.0), 0), weight)

@@ -19,10 +19,11 @@ _KINDS = {
     "UBLKCP": "cp", "UBLKPF": "prefetch", "UBLKRED": "cp", "UTMALDG": "cp", "UTMASTG": "cp",
     "UTMAREDG": "cp", "UTMAPF": "prefetch", "UTMACCTL": "prefetch", "SUST": "st", "SULD": "ld",
 }  # fmt: skip
-_UNFOLLOWED = {"BRX", "BRXU", "JMP", "JMX", "CALL", "RET", "JMXU"}
+_UNFOLLOWED = {"BRX", "BRXU", "JMP", "JMX", "RET", "JMXU"}
 _ADDRESS = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s")
 _LINE = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
-_LABEL = re.compile(r"^\s*(\.L_x_\d+):")
+_NAME = r"\.L_x_\d+|\$[\w$]+"  # of a place in the kernel, of a function behind it
+_LABEL = re.compile(rf"^\s*({_NAME}):")
 
 
 def disassemble(cubin: bytes) -> str:
@@ -45,13 +46,15 @@ def parse(sass: str) -> Listing:
             if not (match := _LINE.match(line)):
                 raise ValueError(f"SASS line {number} is no instruction: {line.strip()!r}")
             guard, opcode, operands = match.groups()
-            targets = tuple(re.findall(r"`\((\.L_x_\d+)\)", operands))
+            targets = tuple(re.findall(rf"`\(({_NAME})\)", operands))
             root = opcode.split(".")[0]
-            falls = root not in ("BRA", "EXIT", "BRX", "JMP", "RET")
+            falls = root not in ("BRA", "EXIT", "BRX", "JMP", "RET") and opcode != "BPT.TRAP"
             text = f"{guard or ''}{opcode} {operands}".strip()
             instructions.append(
                 Instruction(number, text, bool(guard), opcode, operands, targets, falls)
             )
+    if missing := {target for i in instructions for target in i.targets} - labels.keys():
+        raise ValueError(f"SASS jumps to {sorted(missing)}, which it does not hold")
     return Listing(instructions, labels)
 
 
@@ -64,8 +67,9 @@ def is_exit(instruction: Instruction) -> bool:
 
 
 def is_unfollowed(instruction: Instruction) -> bool:
-    """Jumps to an address that the listing does not name."""
-    nameless = instruction.root == "BRA" and not instruction.targets
+    """Jumps to an address that the listing does not name; a call is followed both into the function
+    and behind it, and Triton's for Blackwell's tensor memory end in a trap."""
+    nameless = instruction.root in ("BRA", "CALL") and not instruction.targets
     return nameless or instruction.root in _UNFOLLOWED
 
 

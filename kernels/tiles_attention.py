@@ -4,31 +4,36 @@ block_m heads of one token a program, block_n slots a step, `split` programs a t
 64 heads a program runs on mma, from 64 on warpgroup mma; splits fill the SMs of an H100 once.
 """
 
+from dataclasses import replace
 from functools import partial
 
 from minidsv.kernels.tile import Rule, Tile
 
 SMS = 132
-MOST_SPLITS = 32
-Field = tuple[int, int, int, int]  # block_m, block_n, num_warps, num_stages
-WIDE: dict[str, Field] = {"bf16": (64, 64, 8, 2), "fp8": (64, 64, 8, 3), "flat": (64, 64, 8, 3)}
-NARROW: dict[str, Field] = {"bf16": (16, 64, 8, 3), "fp8": (16, 64, 8, 3), "flat": (16, 64, 8, 3)}
+SPLITS = (1, 2, 4, 8, 16, 32)
+NARROW = {
+    "bf16": Tile(16, 64, num_warps=8, num_stages=3),
+    "fp8": Tile(16, 32, num_warps=8, num_stages=3),
+    "flat": Tile(16, 32, num_warps=8, num_stages=3),
+}
+WIDE = {
+    "bf16": Tile(64, 64, num_warps=8, num_stages=2),
+    "fp8": Tile(64, 64, num_warps=8, num_stages=3),
+    "flat": Tile(64, 32, num_warps=8, num_stages=3),
+}
 
 
 def split_for(programs: int, steps: int) -> int:
-    """The largest power of two that keeps `programs` times it within one wave and `steps` >= 1."""
-    split = 1
-    while split < MOST_SPLITS and 2 * split <= steps and 2 * split * programs <= SMS:
-        split *= 2
-    return split
+    """The most splits that keep `programs` times them within one wave, and a step for each."""
+    return max(s for s in SPLITS if s == 1 or (s <= steps and s * programs <= SMS))
 
 
 def _rule(layout: str, tokens: int, dims: tuple[int, ...]) -> Tile:
     heads, topk = dims
     wide = heads > 32 and tokens * -(-heads // 64) >= 16
-    block_m, block_n, warps, stages = (WIDE if wide else NARROW)[layout]
-    programs = max(1, tokens * -(-heads // block_m))
-    return Tile(block_m, block_n, 1, split_for(programs, -(-topk // block_n)), warps, stages)
+    tile = (WIDE if wide else NARROW)[layout]
+    programs = max(1, tokens * -(-heads // tile.block_m))
+    return replace(tile, split=split_for(programs, -(-topk // tile.block_n)))
 
 
 TILES: dict[str, Rule] = {f"sparse_mla_{layout}": partial(_rule, layout) for layout in WIDE}

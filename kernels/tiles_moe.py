@@ -16,7 +16,7 @@ ROUTER_TILES = (ROUTER_LONE, ROUTER_FEW, ROUTER_MANY, ROUTER_PREFILL)
 DECODE = Tile(block_m=16, block_n=64, block_k=128, num_warps=4, num_stages=5)
 NARROW = Tile(block_m=16, block_n=32, block_k=128, num_warps=4, num_stages=6)
 MEDIUM = Tile(block_m=32, block_n=128, block_k=128, num_warps=4, num_stages=4)
-WIDE = Tile(block_m=64, block_n=128, block_k=128, num_warps=4, num_stages=3)
+WIDE = Tile(block_m=64, block_n=128, block_k=128, num_warps=8, num_stages=3)
 PREFILL = Tile(block_m=128, block_n=128, block_k=128, num_warps=8, num_stages=3)
 MLP_TILES = (DECODE, NARROW, MEDIUM, WIDE, PREFILL)
 

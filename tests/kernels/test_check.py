@@ -143,6 +143,24 @@ def test_what_cannot_be_followed_is_refused() -> None:
         ptx.parse(".func f() { ret; }")
     with pytest.raises(ValueError, match="SASS line 1 is no instruction"):
         sass.parse("        /*0000*/    ??? ;")
+    with pytest.raises(ValueError, match=r"jumps to \['\.L_x_1'\], which it does not hold"):
+        sass.parse("        /*0000*/    BRA `(.L_x_1) ;")
+
+
+@pytest.mark.parametrize(
+    ("body", "finding"),
+    [("BPT.TRAP 0x1", None), ("LDG.E R1, [R2]", "`LDG.E R1"), ("NOP", "`RET.REL.NODEC")],
+)
+def test_a_call_before_the_wait_is_followed(body: str, finding: str | None) -> None:
+    """Triton 3.6 checks tensor memory on sm_100 so: the function traps."""
+    code = f"CALL.REL.NOINC `($__f) ; ACQBULK ; EXIT ; $__f: {body} ; RET.REL.NODEC R2 `(k) ;"
+    lines = code.replace("$__f: ", "\n$__f:\n").replace(" ; ", " ;\n").splitlines()
+    listing = sass.parse(
+        "\n".join(x if x.endswith(":") else f"  /*0000*/  {x}" for x in lines if x)
+    )
+    kernel = ptx.parse(PTX.format(before=""))
+    violations = list(check_sass(listing, kernel))
+    assert any(finding in v for v in violations) if finding else not violations, violations
 
 
 def test_registered_kernels_are_proved() -> None:
@@ -163,6 +181,35 @@ def test_what_is_compiled(spec) -> None:
     assert ((80, "off") in first) == (spec.min_capability <= 80)
 
 
+SASS = """
+        /*0000*/                   MOV R2, 0x20 ;
+        /*0010*/              @!P0 CALL.REL.NOINC `($__internal_0_$__trap) ;
+        /*0020*/                   ACQBULK ;
+        /*0030*/                   EXIT ;
+$__internal_0_$__trap:
+        /*0040*/                   {0} ;
+        /*0050*/                   {1} ;
+"""
+
+
+@pytest.mark.parametrize(
+    ("function", "findings"),
+    [
+        (("NOP", "BPT.TRAP 0x1"), []),
+        (("BPT.TRAP 0x1", "RET.REL.NODEC R2 `($__internal_0_$__trap)"), []),
+        (("NOP", "RET.REL.NODEC R2 `($__internal_0_$__trap)"), ["RET.REL", "be followed"]),
+        (("STG.E [R2], R4", "BPT.TRAP 0x1"), ["STG.E [R2], R4", "no such access"]),
+        (("CALL.REL R4", "BPT.TRAP 0x1"), ["CALL.REL R4", "be followed"]),
+    ],
+)
+def test_calls_are_followed(function: tuple[str, str], findings: list[str]) -> None:
+    violations = list(
+        check_sass(sass.parse(SASS.format(*function)), ptx.parse(PTX.format(before="")))
+    )
+    assert len(violations) == bool(findings)
+    assert all(finding in violations[0] for finding in findings)
+
+
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_report_and_verdict(capsys: pytest.CaptureFixture[str], jobs: int) -> None:
     """A kernel without a wait fails in each mode with PDL, and holds without."""
@@ -175,8 +222,8 @@ def test_report_and_verdict(capsys: pytest.CaptureFixture[str], jobs: int) -> No
     assert "1 kernels, 0 rows proved (2 binaries), 4 binaries failed" in out
 
 
-def test_every_kernel_is_registered() -> None:
-    """Whatever waits, and whatever is launched: nothing starts unproved."""
+def test_nothing_starts_unproved() -> None:
+    """Whatever waits and whatever is launched is registered."""
     found = set()
     for path in KERNELS.glob("*_triton.py"):
         for value in vars(import_module(f"minidsv.kernels.{path.stem}")).values():

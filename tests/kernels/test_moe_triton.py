@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from compare import assert_close
-from minidsv.kernels.launch_config import launch_config
 from minidsv.kernels.moe import moe_experts, moe_experts_ref, swiglu_mlp, swiglu_mlp_ref
-from minidsv.kernels.pdl import is_interpreted
+from minidsv.kernels.pdl import is_interpreted, triton_mode
 from minidsv.kernels.quant import quantize_fp8_blocks
 
 pytestmark = [] if is_interpreted() else [pytest.mark.gpu]
@@ -92,17 +91,20 @@ def test_swiglu_mlp(tokens: int, hidden: int, inner: int, fp8: bool) -> None:
         assert torch.equal(got, results[0])
 
 
-def test_every_tile_is_proved() -> None:
-    """What `launch_config` can answer for any number of tokens has a row for the checker."""
-    from minidsv.kernels.moe_triton import DOWN, GATE_UP
+@pytest.mark.parametrize(("slots", "experts", "bt"), [(1, 4, 16), (600, 5, 32), (5000, 3, 128)])
+def test_plan(slots: int, experts: int, bt: int) -> None:
+    """Slots by expert, in order; tiles of one expert each, the unused ones empty."""
+    from minidsv.kernels.moe_plan_triton import max_tiles, prepare
 
-    for op, spec in (("moe_gate_up", GATE_UP), ("moe_down", DOWN)):
-        proved = {
-            (r.arguments["ALONE"], r.arguments["BT"], r.arguments["ROWS"], r.num_warps)
-            for r in spec.rows
-        }
-        for m in (1, 2, 5, 8, 64, 128, 300, 1024, 2048, 8192):
-            for dims in ((256, 8, 7168, 2048), (256, 8, 7168, 256), (64, 6, 2048, 1408),
-                         (1, 1, 7168, 18432), (1, 1, 7168, 2304), (8, 2, 256, 128)):  # fmt: skip
-                tile = launch_config(op, m, dims)
-                assert (int(m == 1), tile.block_m, tile.block_n, tile.num_warps) in proved
+    ids = (randn(slots, 1).abs() * 1.2).long().clamp_max(experts - 1)  # the last ones are rare
+    x = torch.zeros((slots, 16), dtype=DTYPE, device=DEVICE)
+    for mode in MODES:
+        _, plan, order = prepare(x, ids, experts, bt, False, triton_mode(x, mode))
+        assert torch.equal(order.long(), ids.flatten().sort(stable=True).indices)
+        tiles = [tile for tile in plan.tolist() if tile[1] < tile[2]]
+        assert plan.tolist() == tiles + [[0, 0, 0]] * (max_tiles(slots, experts, bt) - len(tiles))
+        named = ids.flatten()[order.long()].tolist()
+        covered = [e for e, begin, end in tiles for _ in range(begin, end)]
+        assert covered == named
+        assert all(0 < end - begin <= bt for _, begin, end in tiles)
+        assert len(tiles) == sum(-(-named.count(e) // bt) for e in range(experts))

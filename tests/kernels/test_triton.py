@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-INTERPRETED = ["test_router_triton.py", "test_moe_triton.py", "test_set_mla_kv_buffer_triton.py"]
+INTERPRETED = [
+    "test_model_triton.py",
+    "test_router_triton.py",
+    "test_moe_triton.py",
+    "test_set_mla_kv_buffer_triton.py",
+    "test_sparse_mla_triton.py",
+]
 
 
 def test_kernels_in_the_interpreter(capsys: pytest.CaptureFixture[str]) -> None:
