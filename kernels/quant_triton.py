@@ -1,5 +1,7 @@
 """Triton kernel under `quant.per_token_group_quant_fp8`, and the casts that other kernels share."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -90,7 +92,13 @@ def quantize_groups(
     out = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty((tokens, groups), dtype=torch.float32, device=x.device)
     tile = launch_config("quantize_groups", tokens, (groups,))
-    args = {"x": x, "out": out, "scales": scales, "x_stride": x.stride(0), "GROUPS": groups}
+    args: dict[str, Any] = {
+        "x": x,
+        "out": out,
+        "scales": scales,
+        "x_stride": x.stride(0),
+        "GROUPS": groups,
+    }
     args |= {"GROUP": group_size, "BG": tile.block_m, "UE8M0": ue8m0} | FP8_LIMITS
     QUANTIZE_GROUPS.launch((tokens, cdiv(groups, tile.block_m)), mode, args, tile.num_warps)
     return out, scales
