@@ -9,17 +9,14 @@ FP8 weights become bf16 exactly, by integer arithmetic, and each 128 columns' su
 In prefetch mode the first tiles of a program's weights are drawn into L2 before the wait.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import triton
 import triton.language as tl
 
-from minidsv.kernels import tiles_gemm
 from minidsv.kernels.launch import KernelSpec, pdl_begin, pdl_end
 from minidsv.kernels.segments_triton import (
-    DENSE_SLOTS,
-    FP8_SLOTS,
     REPLAY_CONSTANT,
     Arguments,
     has_type,
@@ -29,6 +26,7 @@ from minidsv.kernels.segments_triton import (
     store,
 )
 from minidsv.kernels.tile import Tile
+from minidsv.kernels.tiles_gemm import Tiles
 
 
 @triton.jit
@@ -196,7 +194,7 @@ def wide_sizes(tile: Tile) -> Sizes:
 def _spec(
     kernel: Any,
     size: int,
-    tiles: Callable[[bool], Iterable[Tile]],
+    tiles: Callable[[Tiles], tuple[Tile, ...]],
     sizes: Callable[[Tile], Sizes],
     n: str,
 ) -> KernelSpec:
@@ -205,18 +203,10 @@ def _spec(
     def own(tile: Tile) -> Arguments:
         return {"m": "i32", "x_stride": "i32:16", **dict.fromkeys(ROWS, n), **sizes(tile)}
 
-    types, capability = (FP8_SLOTS, 89) if size == 1 else (DENSE_SLOTS, 80)
-    rows = launch_rows(types, tiles, own)
-    return KernelSpec(kernel, rows, REPLAY_CONSTANT, capability, fp_fusion=True)
+    rows = launch_rows(size, tiles, own)
+    return KernelSpec(kernel, rows, REPLAY_CONSTANT, 89 if size == 1 else 80, fp_fusion=True)
 
 
-LINEAR = tiles_gemm.LINEAR
-NARROW = {
-    size: _spec(_narrow_kernel, size, LINEAR[size].narrow_tiles, narrow_sizes, "i32")
-    for size in LINEAR
-}
-WIDE = {
-    size: _spec(_wide_kernel, size, LINEAR[size].wide_tiles, wide_sizes, "i32:16")
-    for size in LINEAR
-}
+NARROW = {n: _spec(_narrow_kernel, n, lambda t: t.narrow, narrow_sizes, "i32") for n in (1, 2)}
+WIDE = {n: _spec(_wide_kernel, n, lambda t: t.wide, wide_sizes, "i32:16") for n in (1, 2)}
 SPECS = (*NARROW.values(), *WIDE.values())

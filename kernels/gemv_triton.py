@@ -9,11 +9,8 @@ up in fp32. The first tile is loaded before the wait.
 import triton
 import triton.language as tl
 
-from minidsv.kernels import tiles_gemm
 from minidsv.kernels.launch import KernelSpec, pdl_begin, pdl_end
 from minidsv.kernels.segments_triton import (
-    DENSE_SLOTS,
-    FP8_SLOTS,
     REPLAY_CONSTANT,
     has_type,
     launch_rows,
@@ -103,8 +100,7 @@ def sizes(tile: Tile) -> dict[str, int]:
 
 def _spec(size: int, min_capability: int) -> KernelSpec:
     """Of weights of `size` bytes."""
-    types = (FP8_SLOTS, DENSE_SLOTS)[size - 1]
-    rows = launch_rows(types, tiles_gemm.LINEAR[size].gemv_tiles, sizes)
+    rows = launch_rows(size, lambda tiles: (tiles.gemv,), sizes)
     return KernelSpec(_gemv_kernel, rows, REPLAY_CONSTANT, min_capability, fp_fusion=True)
 
 

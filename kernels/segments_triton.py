@@ -5,7 +5,7 @@ with no rows. Weights may be of two types, slot 0's and slot 3's, outputs likewi
 selected among the slots of one type.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from minidsv.kernels.gemm import MAX_SEGMENTS, Segment
 from minidsv.kernels.launch import Row
 from minidsv.kernels.tile import Tile
+from minidsv.kernels.tiles_gemm import LINEAR, Tiles
 
 Arguments = dict[str, str | int | float]  # as `launch.Row` holds them
 REPLAY_CONSTANT = frozenset(f"{letter}{slot}" for letter in "ws" for slot in range(MAX_SEGMENTS))
@@ -111,34 +112,31 @@ def tiles(args: dict[str, Any], block: int, other: int) -> int:
     return sum(-(-n // size) for n, size in rows)
 
 
-FP8_SLOTS = (
-    (("fp8e4nv", "bf16"),) * 4,
-    (("fp8e4nv", "bf16"),) * 3 + (("bf16", "fp32"),),
-)  # (weight, output) of each slot
-DENSE_SLOTS = (
-    (("bf16", "bf16"),) * 4,
-    (("bf16", "bf16"),) * 3 + (("bf16", "fp32"),),
-    (("bf16", "fp32"),) * 4,
-)
+FP8, DENSE, GATE = ("fp8e4nv", "bf16"), ("bf16", "bf16"), ("bf16", "fp32")  # weight, output
+SLOT_TYPES = {
+    1: ((FP8,) * 4, (FP8, FP8, FP8, GATE)),
+    2: ((DENSE,) * 4, (DENSE, DENSE, DENSE, GATE), (GATE,) * 4),
+}  # by bytes of a weight: the slots of a launch
 
 
 def launch_rows(
-    slot_types: Iterable[tuple[tuple[str, str], ...]],
-    tiles: Callable[[bool], Iterable[Tile]],
+    size: int,
+    tiles: Callable[[Tiles], tuple[Tile, ...]],
     own: Callable[[Tile], Mapping[str, str | int | float]],
 ) -> tuple[Row, ...]:
-    """Launches of a kernel.
+    """Launches of a kernel with weights of `size` bytes.
 
-    `tiles` names the tiles of slots of one type and of several, `own` gives a tile's arguments
-    beside the slots'.
+    `tiles` picks the kernel's, `own` gives a tile's arguments beside the slots'. Slots of several
+    types, as fused_a_gemm has them, hold few rows.
     """
+    few, many = map(tiles, LINEAR[size])
     launches = []
-    for types in slot_types:
+    for types in SLOT_TYPES[size]:
         arguments: Arguments = {"x": "*bf16:16", "k_size": "i32:16"}
         for slot, (weight, out) in enumerate(types):
             scale = "fp32" if weight == "fp8e4nv" else weight
             arguments |= {f"w{slot}": f"*{weight}:16", f"s{slot}": f"*{scale}:16"}
             arguments |= {f"o{slot}": f"*{out}:16", f"n{slot}": "i32"}
-        for tile in dict.fromkeys(tiles(types[0] != types[-1])):
+        for tile in dict.fromkeys(few if types[0] != types[-1] else few + many):
             launches.append(Row({**arguments, **own(tile)}, tile.num_warps, tile.num_stages))
     return tuple(launches)

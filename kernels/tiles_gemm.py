@@ -16,66 +16,68 @@ FEW_ROWS = 4096  # fewer than these make too few programs in the tiles for many
 
 @dataclass(frozen=True)
 class Tiles:
-    """Of one type of weights: the GEMV's and the narrow form's for few rows and many, the wide."""
+    """Of projections of one type of weight and few or many rows."""
 
-    gemv: tuple[Tile, Tile]
-    narrow: tuple[tuple[Tile, Tile], ...]
+    gemv: Tile
+    narrow: tuple[Tile, ...]  # rising block_m
     wide: tuple[Tile, ...]
 
-    def gemv_tiles(self, mixed: bool) -> tuple[Tile, ...]:
-        """What a launch can take; one of `mixed` types, as fused_a_gemm is, has few rows."""
-        return self.gemv[:1] if mixed else self.gemv
-
-    def narrow_tiles(self, mixed: bool) -> tuple[Tile, ...]:
-        few, many = zip(*self.narrow, strict=True)
-        return few if mixed else few + many
-
-    def wide_tiles(self, mixed: bool) -> tuple[Tile, ...]:
-        return self.wide
+    def for_tokens(self, m: int) -> Tile:
+        """The first that holds m tokens; else the last."""
+        if m <= self.gemv.block_m:
+            return self.gemv
+        tiles = (*self.narrow, *self.wide)
+        return next((tile for tile in tiles if m <= tile.block_m), tiles[-1])
 
 
-FP8 = Tiles(
-    gemv=(Tile(1, 4, 2048, num_stages=1), Tile(1, 8, 1024, num_stages=1)),
-    narrow=(
-        (Tile(8, 16, 128, split=4, num_stages=4), Tile(8, 32, 128, split=4)),
-        (Tile(16, 16, 128, split=4, num_stages=4), Tile(16, 32, 128, split=4)),
+FP8_WIDE = (Tile(64, 64, 128), Tile(128, 128, 128, num_warps=8))
+BF16_WIDE = (Tile(64, 64, 64, num_stages=4), Tile(128, 128, 64, num_warps=8))
+LINEAR = {  # by bytes of a weight; few rows, many rows
+    1: (
+        Tiles(
+            Tile(1, 4, 2048, num_stages=1),
+            (
+                Tile(8, 16, 128, split=4, num_stages=4),
+                Tile(16, 16, 128, split=4, num_stages=4),
+                Tile(32, 32, 128, split=4),
+            ),
+            FP8_WIDE,
+        ),
+        Tiles(
+            Tile(1, 8, 1024, num_stages=1),
+            (Tile(8, 32, 128, split=4), Tile(16, 32, 128, split=4)),
+            FP8_WIDE,
+        ),
     ),
-    wide=(Tile(64, 64, 128), Tile(128, 128, 128, num_warps=8)),
-)
-BF16 = Tiles(
-    gemv=(Tile(1, 4, 2048, num_stages=1), Tile(1, 8, 1024, num_stages=1)),
-    narrow=(
-        (Tile(8, 16, 128, split=4), Tile(8, 64, 128, split=4)),
-        (Tile(16, 32, 128, split=4), Tile(16, 32, 128, split=4)),
+    2: (
+        Tiles(
+            Tile(1, 4, 2048, num_stages=1),
+            (Tile(8, 16, 128, split=4), Tile(16, 32, 128, split=4)),
+            BF16_WIDE,
+        ),
+        Tiles(
+            Tile(1, 8, 1024, num_stages=1),
+            (Tile(8, 64, 128, split=4), Tile(16, 32, 128, split=4)),
+            BF16_WIDE,
+        ),
     ),
-    wide=(Tile(64, 64, 64, num_stages=4), Tile(128, 128, 64, num_warps=8)),
-)
-LINEAR = {1: FP8, 2: BF16}  # by bytes of a weight
+}
 ABSORB_SHORT = Tile(16, 128, 128, num_stages=2)  # heads that sum over at most 256 columns
 ABSORB_LONG = Tile(16, 32, 512, num_stages=2)
 ABSORB_MANY = (Tile(64, 128, 64), Tile(128, 128, 64, num_warps=8))
 
 
-def _smallest(tiles: tuple[Tile, ...], m: int) -> Tile:
-    """The first that holds m tokens; else the last."""
-    return next((tile for tile in tiles if m <= tile.block_m), tiles[-1])
-
-
 def linear(m: int, dims: tuple[int, ...]) -> Tile:
     """dims (bytes of a weight, rows of all projections)."""
     size, rows = dims
-    tiles, many = LINEAR[size], rows >= FEW_ROWS
-    if m <= 1:
-        return tiles.gemv[many]
-    narrow = tuple(pair[many] for pair in tiles.narrow)
-    return _smallest(narrow if m <= narrow[-1].block_m else tiles.wide, m)
+    return LINEAR[size][rows >= FEW_ROWS].for_tokens(m)
 
 
 def absorb(m: int, dims: tuple[int, ...]) -> Tile:
     """dims (columns that a head sums over,)."""
     if m <= ABSORB_SHORT.block_m:
         return ABSORB_SHORT if dims[0] <= 256 else ABSORB_LONG
-    return _smallest(ABSORB_MANY, m)
+    return ABSORB_MANY[m > ABSORB_MANY[0].block_m]
 
 
 TILES: dict[str, Rule] = {"linear": linear, "absorb": absorb}

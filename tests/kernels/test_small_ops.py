@@ -7,7 +7,8 @@ import torch
 
 from compare import assert_close
 from minidsv.config import RopeConfig
-from minidsv.kernels.gemm import linear
+from minidsv.kernels.absorb import absorb_q, absorb_v
+from minidsv.kernels.gemm import Segment, fused_a_gemm, fused_linear, fused_linear_cost, linear
 from minidsv.kernels.moe import moe_experts, swiglu_mlp
 from minidsv.kernels.norm import add_rms_norm, layer_norm, rms_norm
 from minidsv.kernels.quant import dequantize_fp8_blocks, quantize_fp8_blocks
@@ -122,6 +123,42 @@ def test_linear_with_fp8_weights(dtype: torch.dtype) -> None:
     assert (linear(x, q, scale).float() - full).norm() / full.norm() < 0.04
     fp32 = linear(x, weight, out_dtype=torch.float32)
     assert torch.equal(fp32, torch.nn.functional.linear(x.float(), weight.float()))
+
+
+def test_fused_projections_are_those_of_linear() -> None:
+    x = randn(5, 200).bfloat16()
+    q, scale = quantize_fp8_blocks(randn(576, 200, seed=1))
+    dense = randn(64, 200, seed=2).bfloat16()
+    for wk, weights_proj in ((None, dense), (Segment(dense), None)):
+        got = fused_a_gemm(x, Segment(q, scale), Segment(dense), wk, weights_proj)
+        assert torch.equal(got[0], linear(x, q, scale))
+        assert torch.equal(got[1], linear(x, dense))
+        assert (got[2] is None) is (wk is None)
+        if weights_proj is None:
+            assert got[3] is None
+        else:
+            assert torch.equal(got[3], x.float() @ dense.float().T)
+    nbytes, flops = fused_linear_cost(5, [Segment(q, scale), Segment(dense, None, torch.float32)])
+    assert nbytes == 576 * 200 + 5 * 2 * 4 + 64 * 200 * 2 + 5 * (200 * 2 + 576 * 2 + 64 * 4)
+    assert flops == 2 * 5 * 200 * (576 + 64)
+
+
+def test_bad_projections_are_named() -> None:
+    x, w = randn(2, 128).bfloat16(), randn(256, 128)
+    q, scale = quantize_fp8_blocks(w)
+    for bad, message in (
+        (lambda: linear(x, w), "weight torch.float32: one dtype, or fp32 out"),
+        (lambda: linear(x, w[:, :64].bfloat16()), r"x \(2, 128\), weight \(256, 64\)"),
+        (lambda: linear(x, q), "float8_e4m3fn without scales"),
+        (lambda: linear(x, q, scale.T), r"scale \(1, 2\) is not \(2, 1\)"),
+        (lambda: linear(x, q, scale.double()), "scale torch.float64 is not float32"),
+        (lambda: linear(x, w.bfloat16(), scale), "weight torch.bfloat16 with scales"),
+        (lambda: fused_linear(x, [Segment(q, scale)] * 5), "5 segments: 1 to 4"),
+        (lambda: absorb_q(x[None], w[None]), r"is not \[T, 1, 256\]"),
+        (lambda: absorb_v(x[:, None], w[None]), "bfloat16, weight torch.float32"),
+    ):
+        with pytest.raises(AssertionError, match=message):
+            bad()
 
 
 @pytest.mark.parametrize("fp8", [False, True])

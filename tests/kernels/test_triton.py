@@ -10,6 +10,7 @@ import pytest
 
 HERE = Path(__file__).parent
 INTERPRETED = [
+    "test_gemm_triton.py",
     "test_model_triton.py",
     "test_router_triton.py",
     "test_moe_triton.py",
