@@ -108,6 +108,7 @@ FP8 = KernelSpec(
         _row(LOGITS_TILES[0], 64, "fp8e4nv", "*i32"),
     ),
     min_capability=89,
+    fp_fusion=True,
 )
 BF16 = KernelSpec(
     _index_logits_kernel,
@@ -115,6 +116,7 @@ BF16 = KernelSpec(
         *(_row(tile, heads, "bf16") for tile, heads in _ROWS),
         _row(LOGITS_TILES[0], 64, "bf16", "*i32"),
     ),
+    fp_fusion=True,
 )
 SPECS = (FP8, BF16)
 

@@ -27,9 +27,9 @@ def index_logits(m: int, dims: tuple[int, ...]) -> Tile:
     requests, length, _ = dims
     few = STREAM if m * length > 128 * SMS else ONE
     tile = SHARED if m >= 4 * requests else few
-    programs = -(-m // tile.block_m)
     blocks = -(-length // tile.block_n)
-    return replace(tile, split=min(blocks, max(1, 4 * SMS // programs)))
+    share = -(-blocks * -(-m // tile.block_m) // (4 * SMS))  # blocks a program: 4 of them an SM
+    return replace(tile, split=-(-blocks // max(1, share)))
 
 
 def thin_topk(m: int, dims: tuple[int, ...]) -> Tile:
