@@ -42,7 +42,8 @@ def _index_logits_kernel(
     H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     PAGE: tl.constexpr, SCALED: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    first = tl.program_id(0).to(tl.int64) * ROWS
+    program = tl.num_programs(0) - 1 - tl.program_id(0)  # a prompt's last rows see most: first
+    first = program.to(tl.int64) * ROWS
     step = tl.num_programs(1) * BLOCK
     rows, d = first + tl.arange(0, ROWS), tl.arange(0, D)
     heads = first * H + tl.arange(0, ROWS * H)
