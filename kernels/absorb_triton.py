@@ -48,16 +48,16 @@ def _rows() -> tuple[Row, ...]:
     """W_UK is read along its outputs, W_UV along what is summed."""
     short, long, many = tiles_gemm.ABSORB_SHORT, tiles_gemm.ABSORB_LONG, tiles_gemm.ABSORB_MANY
     launches = []
-    for axes, tiles in (
-        ({"w_row": 1, "w_column": "i32:16"}, (short, *many)),
-        ({"w_row": "i32:16", "w_column": 1}, (short, long, *many)),
-    ):
+    w_uk: tuple[str | int, str | int] = 1, "i32:16"
+    w_uv: tuple[str | int, str | int] = "i32:16", 1
+    for (row, column), tiles in ((w_uk, (short, *many)), (w_uv, (short, long, *many))):
         arguments: dict[str, str | int | float] = dict.fromkeys(("x", "w", "out"), "*bf16:16")
+        arguments |= {"w_row": row, "w_column": column}
         arguments |= {"m": "i32", "n": "i32:16", "k_size": "i32:16"}
         arguments |= dict.fromkeys(("x_token", "x_head", "w_head"), "i32:16")
         for t in tiles:
             sizes = {"BLOCK_M": t.block_m, "BLOCK_N": t.block_n, "BLOCK_K": t.block_k}
-            launches.append(Row(arguments | axes | sizes, t.num_warps, t.num_stages))
+            launches.append(Row({**arguments, **sizes}, t.num_warps, t.num_stages))
     return tuple(launches)
 
 

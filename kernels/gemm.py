@@ -57,6 +57,7 @@ def _assert_segment(x: Tensor, segment: Segment) -> None:
         assert weight.dtype == torch.float8_e4m3fn, f"weight {weight.dtype} with scales"
         want = block_scale_shape(weight.shape[0], weight.shape[1])
         assert tuple(scale.shape) == want, f"scale {tuple(scale.shape)} is not {want}"
+        assert scale.dtype == torch.float32, f"scale {scale.dtype} is not float32"
 
 
 def linear(

@@ -9,8 +9,7 @@ FP8 weights become bf16 exactly, by integer arithmetic, and each 128 columns' su
 In prefetch mode the first tiles of a program's weights are drawn into L2 before the wait.
 """
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import triton
@@ -22,6 +21,7 @@ from minidsv.kernels.segments_triton import (
     DENSE_SLOTS,
     FP8_SLOTS,
     REPLAY_CONSTANT,
+    Arguments,
     has_type,
     launch_rows,
     locate,
@@ -72,6 +72,14 @@ def draw(w, row, n, k_size, BLOCK_N: tl.constexpr, BYTES: tl.constexpr):
 
 
 @triton.jit
+def _outputs(row, n, token, m, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Where a tile from (token, row) on lies in an output [m, n], and whether it does."""
+    tokens = (token + tl.arange(0, BLOCK_M))[:, None]
+    rows = (row + tl.arange(0, BLOCK_N))[None, :]
+    return tokens.to(tl.int64) * n + rows, (tokens < m) & (rows < n)
+
+
+@triton.jit
 def _narrow(
     w, s, x, row, n, m, k_size, x_stride,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KS: tl.constexpr,
@@ -81,7 +89,8 @@ def _narrow(
     tokens = tl.arange(0, BLOCK_M)[None, :, None]
     part = tl.arange(0, KS)[:, None, None]
     k = part * 128 + tl.arange(0, 128)[None, None, :]
-    w += row.to(tl.int64) * k_size + (rows - row) * k_size + k
+    w += row.to(tl.int64) * k_size
+    w += (rows - row) * k_size + k
     x += tokens * x_stride + k
     s += (row // 128) * tl.cdiv(k_size, 128) + part
     total = tl.zeros([KS, BLOCK_N, BLOCK_M], tl.float32)
@@ -104,20 +113,19 @@ def _narrow_kernel(
     MIXED: tl.constexpr = w0.dtype != w3.dtype
     slot, n, row = locate(tl.program_id(0), w0, w1, w2, w3, n0, n1, n2, n3, BLOCK_N, OTHER_N)
     w, s = select(slot, w0, w1, w2, w3, w0), select(slot, s0, s1, s2, s3, s0)
+    main = has_type(slot, w0, w1, w2, w3, w0)
     if PDL == "prefetch":
-        draw(w, row, n, k_size, BLOCK_N, KS * 256)
+        draw(w, tl.where(main, row, 0), tl.where(main, n, 1), k_size, BLOCK_N, KS * 256)
     pdl_begin(PDL)
-    if has_type(slot, w0, w1, w2, w3, w0):
+    if main:
         y = _narrow(w, s, x, row, n, m, k_size, x_stride, BLOCK_M, BLOCK_N, KS)
-        tokens = tl.arange(0, BLOCK_M)[:, None]
-        at = row + tl.arange(0, BLOCK_N)[None, :]
-        store(slot, o0, o1, o2, o3, tokens * n + at, y, (tokens < m) & (at < n))
+        at, mask = _outputs(row, n, 0, m, BLOCK_M, BLOCK_N)
+        store(slot, o0, o1, o2, o3, at, y, mask)
     elif MIXED:
         v, t = select(slot, w0, w1, w2, w3, w3), select(slot, s0, s1, s2, s3, s3)
         z = _narrow(v, t, x, row, n, m, k_size, x_stride, BLOCK_M, OTHER_N, KS)
-        m_at = tl.arange(0, BLOCK_M)[:, None]
-        n_at = row + tl.arange(0, OTHER_N)[None, :]
-        store(slot, o0, o1, o2, o3, m_at * n + n_at, z, (m_at < m) & (n_at < n))
+        z_at, z_mask = _outputs(row, n, 0, m, BLOCK_M, OTHER_N)
+        store(slot, o0, o1, o2, o3, z_at, z, z_mask)
     pdl_end(PDL)
 
 
@@ -129,8 +137,10 @@ def _wide(
     """[BLOCK_M, BLOCK_N] outputs from (token, row) on."""
     rows, tokens = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_M)[:, None]
     k = tl.arange(0, BLOCK_K)[None, :]
-    w += row.to(tl.int64) * k_size + rows * k_size + k
-    x += token.to(tl.int64) * x_stride + tokens * x_stride + k
+    w += row.to(tl.int64) * k_size
+    w += rows * k_size + k
+    x += token.to(tl.int64) * x_stride
+    x += tokens * x_stride + k
     s += (row // 128) * tl.cdiv(k_size, 128)
     total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for k0 in range(0, k_size, BLOCK_K):
@@ -152,24 +162,24 @@ def _wide_kernel(
     MIXED: tl.constexpr = w0.dtype != w3.dtype
     slot, n, row = locate(tl.program_id(1), w0, w1, w2, w3, n0, n1, n2, n3, BLOCK_N, BLOCK_N)
     w, s = select(slot, w0, w1, w2, w3, w0), select(slot, s0, s1, s2, s3, s0)
+    main = has_type(slot, w0, w1, w2, w3, w0)
     if PDL == "prefetch":
-        draw(w, row, n, k_size, BLOCK_N, 256)
+        draw(w, tl.where(main, row, 0), tl.where(main, n, 1), k_size, BLOCK_N, 256)
     pdl_begin(PDL)
     token = tl.program_id(0) * BLOCK_M
-    tokens = (token + tl.arange(0, BLOCK_M))[:, None]
-    at = tokens.to(tl.int64) * n + (row + tl.arange(0, BLOCK_N))[None, :]
-    mask = (tokens < m) & (row + tl.arange(0, BLOCK_N) < n)[None, :]
-    if has_type(slot, w0, w1, w2, w3, w0):
+    if main:
         y = _wide(w, s, x, row, n, token, m, k_size, x_stride, BLOCK_M, BLOCK_N, BLOCK_K)
+        at, mask = _outputs(row, n, token, m, BLOCK_M, BLOCK_N)
         store(slot, o0, o1, o2, o3, at, y, mask)
     elif MIXED:
         v, t = select(slot, w0, w1, w2, w3, w3), select(slot, s0, s1, s2, s3, s3)
         z = _wide(v, t, x, row, n, token, m, k_size, x_stride, BLOCK_M, BLOCK_N, BLOCK_K)
-        store(slot, o0, o1, o2, o3, at, z, mask)
+        z_at, z_mask = _outputs(row, n, token, m, BLOCK_M, BLOCK_N)
+        store(slot, o0, o1, o2, o3, z_at, z, z_mask)
     pdl_end(PDL)
 
 
-Sizes = dict[str, str | int]
+Sizes = dict[str, int]
 ROWS = ("n0", "n1", "n2", "n3")
 
 
@@ -184,11 +194,15 @@ def wide_sizes(tile: Tile) -> Sizes:
 
 
 def _spec(
-    kernel: Any, size: int, tiles: Sequence[Tile], sizes: Callable[[Tile], Sizes], n: str
+    kernel: Any,
+    size: int,
+    tiles: Callable[[bool], Iterable[Tile]],
+    sizes: Callable[[Tile], Sizes],
+    n: str,
 ) -> KernelSpec:
     """Of weights of `size` bytes; `n` is the type of the slots' numbers of rows."""
 
-    def own(tile: Tile) -> Sizes:
+    def own(tile: Tile) -> Arguments:
         return {"m": "i32", "x_stride": "i32:16", **dict.fromkeys(ROWS, n), **sizes(tile)}
 
     types, capability = (FP8_SLOTS, 89) if size == 1 else (DENSE_SLOTS, 80)
@@ -196,15 +210,13 @@ def _spec(
     return KernelSpec(kernel, rows, REPLAY_CONSTANT, capability, fp_fusion=True)
 
 
-def _narrow_spec(size: int) -> KernelSpec:
-    tiles = dict.fromkeys(itertools.chain(*tiles_gemm.LINEAR[size].narrow))
-    return _spec(_narrow_kernel, size, [*tiles], narrow_sizes, "i32")
-
-
-def _wide_spec(size: int) -> KernelSpec:
-    return _spec(_wide_kernel, size, tiles_gemm.LINEAR[size].wide, wide_sizes, "i32:16")
-
-
-NARROW = {size: _narrow_spec(size) for size in tiles_gemm.LINEAR}
-WIDE = {size: _wide_spec(size) for size in tiles_gemm.LINEAR}
+LINEAR = tiles_gemm.LINEAR
+NARROW = {
+    size: _spec(_narrow_kernel, size, LINEAR[size].narrow_tiles, narrow_sizes, "i32")
+    for size in LINEAR
+}
+WIDE = {
+    size: _spec(_wide_kernel, size, LINEAR[size].wide_tiles, wide_sizes, "i32:16")
+    for size in LINEAR
+}
 SPECS = (*NARROW.values(), *WIDE.values())

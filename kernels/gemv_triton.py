@@ -92,7 +92,7 @@ def _gemv_kernel(
     pdl_end(PDL)
 
 
-def sizes(tile: Tile) -> dict[str, str | int]:
+def sizes(tile: Tile) -> dict[str, int]:
     """The kernel's constants; a program has half as many rows of a wider second type."""
     return {
         "BLOCK_N": tile.block_n,
@@ -103,8 +103,8 @@ def sizes(tile: Tile) -> dict[str, str | int]:
 
 def _spec(size: int, min_capability: int) -> KernelSpec:
     """Of weights of `size` bytes."""
-    types, tiles = (FP8_SLOTS, DENSE_SLOTS)[size - 1], tiles_gemm.LINEAR[size].gemv
-    rows = launch_rows(types, tiles, sizes)
+    types = (FP8_SLOTS, DENSE_SLOTS)[size - 1]
+    rows = launch_rows(types, tiles_gemm.LINEAR[size].gemv_tiles, sizes)
     return KernelSpec(_gemv_kernel, rows, REPLAY_CONSTANT, min_capability, fp_fusion=True)
 
 

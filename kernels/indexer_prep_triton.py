@@ -1,9 +1,10 @@
 """Triton kernels under `indexer_prep`: a program takes rows of D channels, heads of one token or
-keys of several, as three parts: the pairs' first and second channels and the rest.
+keys of several, as four parts: the pairs' first and second channels, of the half that is rotated
+and of the rest.
 
-The Hadamard product is linear, so it is the sum of the parts' products with their rows of the
-matrix: tensor-core dots with +-1, exact but for the fp32 sum, scaled once. Gain and bias are
-replay-constant: in prefetch mode they are loaded before the wait.
+The Hadamard product is taken of each part, by tensor-core dots with +-1 that are exact but for the
+fp32 sum, then between the parts, and scaled once. Gain and bias are replay-constant: in prefetch
+mode they are loaded before the wait.
 """
 
 from typing import Any
@@ -18,78 +19,87 @@ from minidsv.kernels.constants import PAGE_SIZE
 from minidsv.kernels.launch import KernelSpec, Row, pdl_begin, pdl_end
 from minidsv.kernels.launch_config import launch_config
 from minidsv.kernels.pdl import PdlMode
-from minidsv.kernels.quant_triton import FP8_LIMITS, quantize_rows
+from minidsv.kernels.quant_triton import FP8_LIMITS, fp8_scale, to_e4m3
 from minidsv.kernels.rope_triton import load_pairs, store_pairs, turn
 from minidsv.kernels.tiles_small import TABLES
 
 
 @triton.jit
-def _load_parts(rows, inside, D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """[N, HALF], [N, HALF], [N, D - 2 HALF] from pointers `rows` [N, 1]."""
+def _load_parts(rows, inside, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Four [N, HALF] from pointers `rows` [N, 1] to 4 HALF channels."""
     a, b = load_pairs(rows, inside, HALF, HALF, INTERLEAVED)
-    rest = tl.load(rows + 2 * HALF + tl.arange(0, D - 2 * HALF)[None, :], mask=inside, other=0.0)
-    return a, b, rest
+    c, d = load_pairs(rows + 2 * HALF, inside, HALF, HALF, INTERLEAVED)
+    return a, b, c, d
 
 
 @triton.jit
-def _store_parts(
-    rows, inside, parts, D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr
-):  # fmt: skip
+def _store_parts(rows, inside, parts, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """The inverse; casts to the rows' dtype."""
     store_pairs(rows, inside, parts[0], parts[1], HALF, HALF, INTERLEAVED)
-    i = 2 * HALF + tl.arange(0, D - 2 * HALF)[None, :]
-    tl.store(rows + i, parts[2].to(rows.dtype.element_ty), mask=inside)
+    store_pairs(rows + 2 * HALF, inside, parts[2], parts[3], HALF, HALF, INTERLEAVED)
 
 
 @triton.jit
-def _signs(channels, D: tl.constexpr, dtype: tl.constexpr):
-    """Rows `channels` of Sylvester's matrix [., D], D <= 256: -1 to the bits they share."""
-    shared = channels[:, None] & tl.arange(0, D)[None, :]
+def _hadamard(parts, NORM: tl.constexpr, HALF: tl.constexpr):
+    """The product in the same parts, rounded to bf16, in fp32.
+
+    Sylvester's matrix is a Kronecker power: +-1 of HALF channels by a dot, then two butterflies.
+    """
+    a, b, c, d = parts
+    i = tl.arange(0, HALF)
+    shared = i[:, None] & i[None, :]  # -1 to the number of bits that row and column share
     shared ^= shared >> 4
     shared ^= shared >> 2
     shared ^= shared >> 1
-    return (1 - 2 * (shared & 1)).to(dtype)
+    signs = (1 - 2 * (shared & 1)).to(a.dtype)
+    a = tl.dot(a, signs, input_precision="ieee")
+    b = tl.dot(b, signs, input_precision="ieee")
+    c = tl.dot(c, signs, input_precision="ieee")
+    d = tl.dot(d, signs, input_precision="ieee")
+    a, b = a + b, a - b
+    c, d = c + d, c - d
+    return _round(a + c, NORM), _round(b + d, NORM), _round(a - c, NORM), _round(b - d, NORM)
 
 
 @triton.jit
-def _hadamard(parts, NORM: tl.constexpr, D: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """The product [N, D], rounded to bf16, in fp32; parts in the inputs' dtype."""
-    a, b, rest = parts
-    HALF: tl.constexpr = a.shape[1]
-    i = tl.arange(0, HALF)
-    if INTERLEAVED:
-        first, second = 2 * i, 2 * i + 1
-    else:
-        first, second = i, i + HALF
-    others = 2 * HALF + tl.arange(0, D - 2 * HALF)
-    dtype: tl.constexpr = rest.dtype
-    y = tl.dot(rest, _signs(others, D, dtype), input_precision="ieee")
-    y = tl.dot(a, _signs(first, D, dtype), y, input_precision="ieee")
-    y = tl.dot(b, _signs(second, D, dtype), y, input_precision="ieee")
-    return (y * NORM).to(tl.bfloat16).to(tl.float32)
+def _round(x, NORM: tl.constexpr):
+    return (x * NORM).to(tl.bfloat16).to(tl.float32)
 
 
 @triton.jit
-def _turn_parts(a, b, cos, sin, rows, inside, HALF: tl.constexpr, dtype: tl.constexpr):
-    """Rotate pairs by the angles of `rows` and round."""
+def _quantize(parts, MAX: tl.constexpr, FLOOR: tl.constexpr):
+    """fp32 parts -> e4m3 parts and one power-of-two scale a row [N]."""
+    a, b, c, d = parts
+    most = tl.maximum(tl.maximum(tl.abs(a), tl.abs(b)), tl.maximum(tl.abs(c), tl.abs(d)))
+    scale = fp8_scale(tl.max(most, 1), True, MAX, FLOOR)
+    inverse = (0x7F000000 - scale.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+    inverse = inverse[:, None]  # exact, and so are the products
+    a, b = to_e4m3(a * inverse, MAX), to_e4m3(b * inverse, MAX)
+    return (a, b, to_e4m3(c * inverse, MAX), to_e4m3(d * inverse, MAX)), scale
+
+
+@triton.jit
+def _turn_parts(a, b, cos, sin, rows, inside, HALF: tl.constexpr):
+    """Rotate the pairs by the angles of `rows` and round."""
     i = tl.arange(0, HALF)[None, :]
     c = tl.load(cos + rows * HALF + i, mask=inside, other=0.0)
     s = tl.load(sin + rows * HALF + i, mask=inside, other=0.0)
-    a, b = turn(a.to(tl.float32), b.to(tl.float32), c, s)
-    return a.to(dtype), b.to(dtype)
+    first, second = turn(a.to(tl.float32), b.to(tl.float32), c, s)
+    return first.to(a.dtype), second.to(b.dtype)
 
 
 @triton.jit
 def _q_parts(
     q, cos, sin, heads, token_stride, head_stride, H,
-    D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
+    HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     """The rotated parts of one token's `heads`."""
     token = tl.program_id(0).to(tl.int64)
     inside = (heads < H)[:, None]
     rows = q + token * token_stride + heads[:, None].to(tl.int64) * head_stride
-    a, b, rest = _load_parts(rows, inside, D, HALF, INTERLEAVED)
-    a, b = _turn_parts(a, b, cos, sin, token, True, HALF, rest.dtype)
-    return a, b, rest
+    a, b, c, d = _load_parts(rows, inside, HALF, INTERLEAVED)
+    a, b = _turn_parts(a, b, cos, sin, token, True, HALF)
+    return a, b, c, d
 
 
 @triton.jit(do_not_specialize=["H"])
@@ -103,9 +113,9 @@ def _index_q_plain_kernel(
     heads = tl.program_id(1) * BH + tl.arange(0, BH)
     pdl_begin(PDL)
     w = tl.load(gate + token * gate_stride + heads, mask=heads < H, other=0.0) * head_scale
-    parts = _q_parts(q, cos, sin, heads, token_stride, head_stride, H, D, HALF, INTERLEAVED)
+    parts = _q_parts(q, cos, sin, heads, token_stride, head_stride, H, HALF, INTERLEAVED)
     rows = out + (token * H + heads[:, None]) * D
-    _store_parts(rows, (heads < H)[:, None], parts, D, HALF, INTERLEAVED)
+    _store_parts(rows, (heads < H)[:, None], parts, HALF, INTERLEAVED)
     tl.store(weights + token * H + heads, w * softmax_scale, mask=heads < H)
     pdl_end(PDL)
 
@@ -121,47 +131,52 @@ def _index_q_fp8_kernel(
     heads = tl.program_id(1) * BH + tl.arange(0, BH)
     pdl_begin(PDL)
     w = tl.load(gate + token * gate_stride + heads, mask=heads < H, other=0.0) * head_scale
-    parts = _q_parts(q, cos, sin, heads, token_stride, head_stride, H, D, HALF, INTERLEAVED)
-    y, scale = quantize_rows(_hadamard(parts, NORM, D, INTERLEAVED), True, MAX, FLOOR)
+    parts = _q_parts(q, cos, sin, heads, token_stride, head_stride, H, HALF, INTERLEAVED)
+    parts, scale = _quantize(_hadamard(parts, NORM, HALF), MAX, FLOOR)
     rows = out + (token * H + heads[:, None]) * D
-    tl.store(rows + tl.arange(0, D)[None, :], y, mask=(heads < H)[:, None])
+    _store_parts(rows, (heads < H)[:, None], parts, HALF, INTERLEAVED)
     tl.store(weights + token * H + heads, w * scale * softmax_scale, mask=heads < H)
     pdl_end(PDL)
 
 
 @triton.jit
-def _load_vector(x, D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """A gain or bias [D] in the same three parts, [1, .] each."""
-    return _load_parts(x + tl.zeros((1, 1), tl.int32), True, D, HALF, INTERLEAVED)
+def _load_vector(x, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """A gain or bias [4 HALF] in the same parts, [1, HALF] each."""
+    return _load_parts(x + tl.zeros((1, 1), tl.int32), True, HALF, INTERLEAVED)
 
 
 @triton.jit
-def _layer_norm(
-    a, b, rest, gains, biases, eps, D: tl.constexpr, dtype: tl.constexpr
-):  # fmt: skip
-    """Rows in three parts, normalised and rounded."""
-    a, b, rest = a.to(tl.float32), b.to(tl.float32), rest.to(tl.float32)
-    mean = (tl.sum(a, 1) + tl.sum(b, 1) + tl.sum(rest, 1)) * (1.0 / D)
-    a, b, rest = a - mean[:, None], b - mean[:, None], rest - mean[:, None]
-    variance = (tl.sum(a * a, 1) + tl.sum(b * b, 1) + tl.sum(rest * rest, 1)) * (1.0 / D)
-    r = tl.rsqrt(variance + eps)[:, None]
+def _sum(parts):
+    a, b, c, d = parts
+    return tl.sum((a + b) + (c + d), 1)[:, None]
+
+
+@triton.jit
+def _layer_norm(parts, gains, biases, eps, D: tl.constexpr):
+    """Normalised and rounded parts."""
+    a, b, c, d = parts
+    dtype: tl.constexpr = a.dtype
+    a, b, c, d = a.to(tl.float32), b.to(tl.float32), c.to(tl.float32), d.to(tl.float32)
+    mean = _sum((a, b, c, d)) * (1.0 / D)
+    a, b, c, d = a - mean, b - mean, c - mean, d - mean
+    r = tl.rsqrt(_sum((a * a, b * b, c * c, d * d)) * (1.0 / D) + eps)
     a = (a * r * gains[0] + biases[0]).to(dtype)
     b = (b * r * gains[1] + biases[1]).to(dtype)
-    return a, b, (rest * r * gains[2] + biases[2]).to(dtype)
+    c = (c * r * gains[2] + biases[2]).to(dtype)
+    return a, b, c, (d * r * gains[3] + biases[3]).to(dtype)
 
 
 @triton.jit
 def _k_parts(
     k, gains, biases, cos, sin, tokens, k_stride, T, eps,
-    D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
+    HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     """The normalised and rotated parts of the keys of `tokens` [BT] int64."""
     rows, inside = tokens[:, None], (tokens < T)[:, None]
-    a, b, rest = _load_parts(k + rows * k_stride, inside, D, HALF, INTERLEAVED)
-    dtype: tl.constexpr = rest.dtype
-    a, b, rest = _layer_norm(a, b, rest, gains, biases, eps, D, dtype)
-    a, b = _turn_parts(a, b, cos, sin, rows, inside, HALF, dtype)
-    return a, b, rest
+    parts = _load_parts(k + rows * k_stride, inside, HALF, INTERLEAVED)
+    a, b, c, d = _layer_norm(parts, gains, biases, eps, 4 * HALF)
+    a, b = _turn_parts(a, b, cos, sin, rows, inside, HALF)
+    return a, b, c, d
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -172,17 +187,17 @@ def _index_k_plain_kernel(
 ):  # fmt: skip
     tokens = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     if PDL == "prefetch":
-        gains = _load_vector(gain, D, HALF, INTERLEAVED)
-        biases = _load_vector(bias, D, HALF, INTERLEAVED)
+        gains = _load_vector(gain, HALF, INTERLEAVED)
+        biases = _load_vector(bias, HALF, INTERLEAVED)
     pdl_begin(PDL)
     slots = tl.load(loc + tokens, mask=tokens < T, other=0).to(tl.int64)
     if PDL != "prefetch":
-        gains = _load_vector(gain, D, HALF, INTERLEAVED)
-        biases = _load_vector(bias, D, HALF, INTERLEAVED)
+        gains = _load_vector(gain, HALF, INTERLEAVED)
+        biases = _load_vector(bias, HALF, INTERLEAVED)
     parts = _k_parts(
-        k, gains, biases, cos, sin, tokens, k_stride, T, eps, D, HALF, INTERLEAVED
+        k, gains, biases, cos, sin, tokens, k_stride, T, eps, HALF, INTERLEAVED
     )  # fmt: skip
-    _store_parts(keys + slots[:, None] * D, (tokens < T)[:, None], parts, D, HALF, INTERLEAVED)
+    _store_parts(keys + slots[:, None] * D, (tokens < T)[:, None], parts, HALF, INTERLEAVED)
     pdl_end(PDL)
 
 
@@ -194,20 +209,20 @@ def _index_k_fp8_kernel(
 ):  # fmt: skip
     tokens = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     if PDL == "prefetch":
-        gains = _load_vector(gain, D, HALF, INTERLEAVED)
-        biases = _load_vector(bias, D, HALF, INTERLEAVED)
+        gains = _load_vector(gain, HALF, INTERLEAVED)
+        biases = _load_vector(bias, HALF, INTERLEAVED)
     pdl_begin(PDL)
     slots = tl.load(loc + tokens, mask=tokens < T, other=0).to(tl.int64)
     if PDL != "prefetch":
-        gains = _load_vector(gain, D, HALF, INTERLEAVED)
-        biases = _load_vector(bias, D, HALF, INTERLEAVED)
+        gains = _load_vector(gain, HALF, INTERLEAVED)
+        biases = _load_vector(bias, HALF, INTERLEAVED)
     parts = _k_parts(
-        k, gains, biases, cos, sin, tokens, k_stride, T, eps, D, HALF, INTERLEAVED
+        k, gains, biases, cos, sin, tokens, k_stride, T, eps, HALF, INTERLEAVED
     )  # fmt: skip
-    y, scale = quantize_rows(_hadamard(parts, NORM, D, INTERLEAVED), True, MAX, FLOOR)
+    parts, scale = _quantize(_hadamard(parts, NORM, HALF), MAX, FLOOR)
     page, offset = slots // PAGE, slots % PAGE
     rows = keys + page * (PAGE * (D + 4)) + offset * D
-    tl.store(rows[:, None] + tl.arange(0, D)[None, :], y, mask=(tokens < T)[:, None])
+    _store_parts(rows[:, None], (tokens < T)[:, None], parts, HALF, INTERLEAVED)
     at = page * (PAGE * (D + 4) // 4) + PAGE * D // 4 + offset
     tl.store(scales + at, scale, mask=tokens < T)
     pdl_end(PDL)
@@ -267,13 +282,10 @@ SPECS = (Q_PLAIN, Q_FP8, K_PLAIN, K_FP8)
 
 
 def _parts(dim: int, cos: Tensor) -> dict[str, int]:
-    """D and HALF; the kernels' parts are powers of two, the dots' at least 16 wide."""
+    """D and HALF: the kernels turn the first half of the channels, in parts that a dot takes."""
     half = cos.shape[1]
-    for part in (half, dim - 2 * half):
-        assert part >= 16 and part & (part - 1) == 0, (  # noqa: PT018
-            f"{2 * half} of {dim} dims are rotated: parts must be powers of two, 16 or more"
-        )
-    assert dim <= 256, f"{dim} channels: the Hadamard signs are made for at most 256"
+    assert dim == 4 * half, f"{2 * half} of {dim} channels are rotated, want half of them"
+    assert half in (16, 32), f"{dim} channels: the Triton kernels take 64 or 128"
     return {"D": dim, "HALF": half}
 
 

@@ -37,6 +37,7 @@ def project_in(tile: Tile, x: Tensor, segments: Sequence[Segment], mode: PdlMode
     assert x.stride(1) == 1, f"x strides {x.stride()}: want contiguous rows"
     for s in segments:
         assert s.weight.is_contiguous(), f"weight strides {s.weight.stride()}: want contiguous"
+        assert s.scale is not None or s.weight.dtype == x.dtype, f"{s.weight.dtype=} {x.dtype=}"
         assert s.scale is None or s.scale.is_contiguous(), f"scale strides {s.scale.stride()}"
     args, outputs = slots(x, segments)
     args |= {"x": x, "k_size": x.shape[1]}

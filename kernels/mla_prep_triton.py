@@ -16,7 +16,7 @@ from minidsv.kernels.launch import KernelSpec, Row, pdl_begin, pdl_end
 from minidsv.kernels.launch_config import launch_config
 from minidsv.kernels.norm_triton import rms_normalize
 from minidsv.kernels.pdl import PdlMode
-from minidsv.kernels.quant_triton import FP8_LIMITS, to_e4m3
+from minidsv.kernels.quant_triton import FP8_LIMITS, divide, to_e4m3
 from minidsv.kernels.rope_triton import load_angles, load_pairs, turn
 from minidsv.kernels.set_mla_kv_buffer import fp8_row_bytes
 from minidsv.kernels.set_mla_kv_buffer_triton import DIMS, store_fp8_row, store_plain_row
@@ -80,8 +80,8 @@ def _flat_kernel(
         g = tl.load(gain + c, mask=c < C, other=0.0)
     rope = _turned(k_pe, cos, sin, pe_stride, R, BLOCK_R).to(tl.float32)
     nope = _normed(latent, g, c, latent_stride, eps, C).to(tl.float32)
-    nope = to_e4m3(tl.div_rn(nope, scale), MAX)
-    rope = to_e4m3(tl.div_rn(rope, scale), MAX)
+    nope = to_e4m3(divide(nope, scale), MAX)
+    rope = to_e4m3(divide(rope, scale), MAX)
     store_plain_row(kv_buffer + slot * slot_stride, nope, rope, c, r, C, R)
     pdl_end(PDL)
 

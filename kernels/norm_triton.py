@@ -17,7 +17,7 @@ from minidsv.kernels.tiles_small import NORM_TILES
 @triton.jit
 def rms_normalize(wide, gain, D, eps):
     """fp32 row of any shape; what lies beyond D must be 0."""
-    return wide * tl.rsqrt(tl.div_rn(tl.sum(wide * wide), D * 1.0) + eps) * gain
+    return wide * tl.rsqrt(tl.sum(wide * wide) / D + eps) * gain
 
 
 @triton.jit
@@ -77,7 +77,7 @@ def _layer_norm_kernel(
     if PDL != "prefetch":
         gain = tl.load(weight + c, mask=c < D, other=0.0)
         shift = tl.load(bias + c, mask=c < D, other=0.0)
-    centred = tl.where(c < D, wide - tl.div_rn(tl.sum(wide), D * 1.0), 0.0)
+    centred = tl.where(c < D, wide - tl.sum(wide) / D, 0.0)
     _store_row(out, rms_normalize(centred, gain, D, eps) + shift, c, D)
     pdl_end(PDL)
 

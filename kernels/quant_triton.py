@@ -1,5 +1,7 @@
 """Triton kernel under `quant.per_token_group_quant_fp8`, and the casts that other kernels share."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -21,18 +23,26 @@ def to_e4m3(x, MAX: tl.constexpr):
 
 
 @triton.jit
-def quantize_rows(x, UE8M0: tl.constexpr, MAX: tl.constexpr, FLOOR: tl.constexpr):
-    """fp32 [N, D] -> e4m3 [N, D] and fp32 scales [N], one a row; UE8M0 rounds them up to 2^k."""
-    scale = tl.maximum(tl.max(tl.abs(x), 1), FLOOR) * (1.0 / MAX)
+def divide(x, scale):
+    """x / scale, correctly rounded, with one division a scale instead of one a value.
+
+    Markstein: so is a quotient by a correctly rounded reciprocal, corrected once by its remainder.
+    A zero keeps its sign and an overflow its infinity.
+    """
+    inverse = tl.div_rn(1.0, scale)
+    q = x * inverse
+    exact = tl.fma(tl.fma(-q, scale, x), inverse, q)
+    return tl.where((q != 0.0) & (tl.abs(q) < 1e30), exact, q)
+
+
+@triton.jit
+def fp8_scale(amax, UE8M0: tl.constexpr, MAX: tl.constexpr, FLOOR: tl.constexpr):
+    """The scale of a group whose largest |x| is amax; UE8M0 rounds it up to 2^k."""
+    scale = tl.maximum(amax, FLOOR) * (1.0 / MAX)
     if UE8M0:
         bits = scale.to(tl.int32, bitcast=True)
-        bits = (bits + 0x7FFFFF) & 0x7F800000
-        scale = bits.to(tl.float32, bitcast=True)
-        inverse = (0x7F000000 - bits).to(tl.float32, bitcast=True)  # 2^-k: the product is exact
-        q = to_e4m3(x * inverse[:, None], MAX)
-    else:
-        q = to_e4m3(tl.div_rn(x, scale[:, None]), MAX)
-    return q, scale
+        scale = ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+    return scale
 
 
 @triton.jit(do_not_specialize=["GROUPS"])
@@ -47,7 +57,8 @@ def _quantize_groups_kernel(
     inside = (g < GROUPS)[:, None]
     pdl_begin(PDL)
     wide = tl.load(x + token * x_stride + at, mask=inside, other=0.0).to(tl.float32)
-    q, scale = quantize_rows(wide, UE8M0, MAX, FLOOR)
+    scale = fp8_scale(tl.max(tl.abs(wide), 1), UE8M0, MAX, FLOOR)
+    q = to_e4m3(divide(wide, scale[:, None]), MAX)
     tl.store(out + token * GROUPS * GROUP + at, q, mask=inside)
     tl.store(scales + token * GROUPS + g, scale, mask=g < GROUPS)
     pdl_end(PDL)
@@ -81,7 +92,13 @@ def quantize_groups(
     out = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty((tokens, groups), dtype=torch.float32, device=x.device)
     tile = launch_config("quantize_groups", tokens, (groups,))
-    args = {"x": x, "out": out, "scales": scales, "x_stride": x.stride(0), "GROUPS": groups}
+    args: dict[str, Any] = {
+        "x": x,
+        "out": out,
+        "scales": scales,
+        "x_stride": x.stride(0),
+        "GROUPS": groups,
+    }
     args |= {"GROUP": group_size, "BG": tile.block_m, "UE8M0": ue8m0} | FP8_LIMITS
     QUANTIZE_GROUPS.launch((tokens, cdiv(groups, tile.block_m)), mode, args, tile.num_warps)
     return out, scales

@@ -53,9 +53,10 @@ def check_ran(launches: Iterable[Launch], jobs: int = 1) -> list[Ran]:
         row = row_of(compiled.src, metadata.num_warps, metadata.num_stages)
         case = Case(spec, row, metadata.target.arch, mode)
         proofs.append(examine(case, Binary.of(compiled)))
-    listed = [p.case for p in proofs if p.case.row in p.case.spec.rows]
-    ahead = {str(p.case): p.digest for p in check_all(listed, jobs)}
-    return [Ran(p, ahead.get(str(p.case))) for p in proofs]
+    listed = [i for i, p in enumerate(proofs) if p.case.row in p.case.spec.rows]
+    again = check_all([proofs[i].case for i in listed], jobs)
+    ahead = {i: proof.digest for i, proof in zip(listed, again, strict=True)}
+    return [Ran(proof, ahead.get(i)) for i, proof in enumerate(proofs)]
 
 
 def report_ran(ran: list[Ran]) -> str:

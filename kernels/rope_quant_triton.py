@@ -12,7 +12,7 @@ from minidsv.kernels.launch import KernelSpec, Row, pdl_begin, pdl_end
 from minidsv.kernels.launch_config import launch_config
 from minidsv.kernels.pdl import PdlMode
 from minidsv.kernels.quant import E4M3_MAX
-from minidsv.kernels.quant_triton import to_e4m3
+from minidsv.kernels.quant_triton import divide, to_e4m3
 from minidsv.kernels.rope_triton import load_angles, load_pairs, store_pairs, turn
 from minidsv.kernels.tiles_small import TABLES
 
@@ -28,9 +28,9 @@ def _quantize_rows(
     mask = inside & (i < C)
     a, b = load_pairs(pe, inside, R // 2, BLOCK_R // 2, True)
     x = tl.load(nope + i, mask=mask, other=0.0).to(tl.float32)
-    tl.store(nope_out + i, to_e4m3(tl.div_rn(x, scale), MAX), mask=mask)
+    tl.store(nope_out + i, to_e4m3(divide(x, scale), MAX), mask=mask)
     a, b = turn(a.to(tl.float32), b.to(tl.float32), c, s)
-    a, b = to_e4m3(tl.div_rn(a, scale), MAX), to_e4m3(tl.div_rn(b, scale), MAX)
+    a, b = to_e4m3(divide(a, scale), MAX), to_e4m3(divide(b, scale), MAX)
     store_pairs(pe_out, inside, a, b, R // 2, BLOCK_R // 2, True)
 
 

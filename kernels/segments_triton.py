@@ -5,7 +5,7 @@ with no rows. Weights may be of two types, slot 0's and slot 3's, outputs likewi
 selected among the slots of one type.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from minidsv.kernels.gemm import MAX_SEGMENTS, Segment
 from minidsv.kernels.launch import Row
 from minidsv.kernels.tile import Tile
 
+Arguments = dict[str, str | int | float]  # as `launch.Row` holds them
 REPLAY_CONSTANT = frozenset(f"{letter}{slot}" for letter in "ws" for slot in range(MAX_SEGMENTS))
 
 
@@ -123,16 +124,21 @@ DENSE_SLOTS = (
 
 def launch_rows(
     slot_types: Iterable[tuple[tuple[str, str], ...]],
-    tiles: Iterable[Tile],
-    own: Callable[[Tile], dict[str, str | int]],
+    tiles: Callable[[bool], Iterable[Tile]],
+    own: Callable[[Tile], Mapping[str, str | int | float]],
 ) -> tuple[Row, ...]:
-    """Launches of a kernel in each of `tiles`; `own` are its arguments beside the slots'."""
+    """Launches of a kernel.
+
+    `tiles` names the tiles of slots of one type and of several, `own` gives a tile's arguments
+    beside the slots'.
+    """
     launches = []
     for types in slot_types:
-        arguments: dict[str, str | int | float] = {"x": "*bf16:16", "k_size": "i32:16"}
+        arguments: Arguments = {"x": "*bf16:16", "k_size": "i32:16"}
         for slot, (weight, out) in enumerate(types):
             scale = "fp32" if weight == "fp8e4nv" else weight
             arguments |= {f"w{slot}": f"*{weight}:16", f"s{slot}": f"*{scale}:16"}
             arguments |= {f"o{slot}": f"*{out}:16", f"n{slot}": "i32"}
-        launches += [Row(arguments | own(t), t.num_warps, t.num_stages) for t in tiles]
+        for tile in dict.fromkeys(tiles(types[0] != types[-1])):
+            launches.append(Row({**arguments, **own(tile)}, tile.num_warps, tile.num_stages))
     return tuple(launches)

@@ -23,7 +23,7 @@ from triton import next_power_of_2
 from minidsv.kernels.launch import KernelSpec, Row, pdl_begin, pdl_end
 from minidsv.kernels.launch_config import launch_config
 from minidsv.kernels.pdl import PdlMode
-from minidsv.kernels.quant import AMAX_FLOOR, E4M3_MAX
+from minidsv.kernels.quant_triton import FP8_LIMITS, divide, fp8_scale, to_e4m3
 from minidsv.kernels.set_mla_kv_buffer import fp8_row_bytes
 from minidsv.kernels.tiles_small import TABLES
 
@@ -33,11 +33,6 @@ def _load(x, stride, step, columns, N: tl.constexpr):
     """x[program, columns] (columns < N), row and column strides `stride` and `step`."""
     row = tl.program_id(0).to(tl.int64) * stride
     return tl.load(x + row + columns * step, mask=columns < N)
-
-
-@triton.jit
-def _to_e4m3(x, MAX: tl.constexpr):
-    return tl.clamp(x, -MAX, MAX, tl.PropagateNan.ALL).to(tl.float8e4nv)
 
 
 @triton.jit
@@ -54,8 +49,8 @@ def store_fp8_row(
 ):  # fmt: skip
     """The fp8 row through three pointers to the slot (e4m3, fp32, bf16); nope [groups, 128]."""
     nope = nope.to(tl.float32)
-    scale = tl.maximum(tl.max(tl.abs(nope), 1), FLOOR) * (1.0 / MAX)
-    tl.store(latent + c, _to_e4m3(tl.div_rn(nope, scale[:, None]), MAX), mask=c < C)
+    scale = fp8_scale(tl.max(tl.abs(nope), 1), False, MAX, FLOOR)
+    tl.store(latent + c, to_e4m3(divide(nope, scale[:, None]), MAX), mask=c < C)
     tl.store(scales + C // 4 + g, scale, mask=g < C // 128)
     tl.store(rope_out + (C + C // 32) // 2 + r, rope.to(tl.bfloat16), mask=r < R)
 
@@ -88,8 +83,8 @@ def _flat_row_kernel(
     slot = tl.load(loc + tl.program_id(0)).to(tl.int64)
     nope = _load(k_nope, nope_stride, nope_step, c, C).to(tl.float32)
     rope = _load(k_rope, rope_stride, rope_step, r, R).to(tl.float32)
-    nope = _to_e4m3(tl.div_rn(nope, scale), MAX)
-    rope = _to_e4m3(tl.div_rn(rope, scale), MAX)
+    nope = to_e4m3(divide(nope, scale), MAX)
+    rope = to_e4m3(divide(rope, scale), MAX)
     store_plain_row(kv_buffer + slot * slot_stride, nope, rope, c, r, C, R)
     pdl_end(PDL)
 
@@ -123,7 +118,6 @@ VARIANTS = (("*i64:16", ALIGNED, ":16"), ("*i32:16", ALIGNED, ":16"), ("*i64", A
 KEYS = ("bf16", "fp32")
 COPIES = (*itertools.product(KEYS, KEYS), ("u8", "u8"))  # buffer, keys
 FP8_FIELDS = {"latent": "fp8e4nv", "scales": "fp32", "rope_out": "bf16"}
-FP8_LIMITS = {"MAX": E4M3_MAX, "FLOOR": AMAX_FLOOR}
 DIMS = ((512, 64), (128, 64))  # C and r: DeepSeek-V3.2 and GLM-5; the bundled model
 
 
@@ -156,7 +150,7 @@ COPY = KernelSpec(
 )
 FLAT = KernelSpec(
     _flat_row_kernel,
-    _rows([({"kv_buffer": "fp8e4nv"}, keys) for keys in KEYS], scale="fp32", MAX=E4M3_MAX),
+    _rows([({"kv_buffer": "fp8e4nv"}, keys) for keys in KEYS], scale="fp32", MAX=FP8_LIMITS["MAX"]),
     min_capability=89,
 )
 FP8 = KernelSpec(
@@ -202,7 +196,7 @@ def write_flat_rows(
 ) -> None:
     """kv_buffer e4m3 [num_slots, C + r]."""
     args = _inputs(kv_buffer, loc, k_nope, k_rope)
-    _launch(FLAT, mode, args | {"kv_buffer": kv_buffer, "scale": scale, "MAX": E4M3_MAX})
+    _launch(FLAT, mode, args | {"kv_buffer": kv_buffer, "scale": scale, "MAX": FP8_LIMITS["MAX"]})
 
 
 def write_fp8_rows(

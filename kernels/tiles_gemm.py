@@ -22,6 +22,17 @@ class Tiles:
     narrow: tuple[tuple[Tile, Tile], ...]
     wide: tuple[Tile, ...]
 
+    def gemv_tiles(self, mixed: bool) -> tuple[Tile, ...]:
+        """What a launch can take; one of `mixed` types, as fused_a_gemm is, has few rows."""
+        return self.gemv[:1] if mixed else self.gemv
+
+    def narrow_tiles(self, mixed: bool) -> tuple[Tile, ...]:
+        few, many = zip(*self.narrow, strict=True)
+        return few if mixed else few + many
+
+    def wide_tiles(self, mixed: bool) -> tuple[Tile, ...]:
+        return self.wide
+
 
 FP8 = Tiles(
     gemv=(Tile(1, 4, 2048, num_stages=1), Tile(1, 8, 1024, num_stages=1)),

@@ -108,7 +108,7 @@ class Launches:
                 kernel.signature, kernel.params, self._backend
             )
         bound, specialization, rest = self._binders[spec.name](**args, PDL=mode, **options)
-        key = f"{spec.name} {specialization} {rest}"
+        key = f"{id(spec)} {specialization} {rest}"
         if 0 in grid or key in self._seen:
             return
         self._seen.add(key)
