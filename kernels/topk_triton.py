@@ -21,7 +21,7 @@ from minidsv.kernels.launch import KernelSpec, Row, pdl_begin, pdl_end
 from minidsv.kernels.launch_config import launch_config
 from minidsv.kernels.pdl import PdlMode
 from minidsv.kernels.tile import Tile
-from minidsv.kernels.tiles_indexer import CHUNK, SELECT_WARPS
+from minidsv.kernels.tiles_indexer import ALL_SLOTS_TILE, CHUNK, SELECT_WARPS
 from minidsv.kernels.topk_search_triton import choose
 
 
@@ -134,21 +134,22 @@ class Scores:
     levels: int = 0
 
 
-_SCORES = {
+_Arguments = dict[str, str | int | float]
+_SCORES: _Arguments = {
     "scores": "*fp32", "positions": "*i32", "seq_lens": "*i64", "k": "i32", "levels": "i32",
     "stride": "i32:16", "CHUNK": CHUNK,
 }  # fmt: skip
-_TABLES = {"request_index": "*i64", "pages": "i32", "PAGE": PAGE_SIZE}
+_TABLES: _Arguments = {"request_index": "*i64", "pages": "i32", "PAGE": PAGE_SIZE}
 
 
 def _select_row(block: int, thinned: bool = False, table: str = "*i64") -> Row:
-    more = {"slots": "*i64:16", "block_table": table, "columns": "i32"}
-    sizes = {"BLOCK": block, "THINNED": thinned}
+    more: _Arguments = {"slots": "*i64:16", "block_table": table, "columns": "i32"}
+    sizes: _Arguments = {"BLOCK": block, "THINNED": thinned}
     return Row(_SCORES | _TABLES | more | sizes, SELECT_WARPS[block])
 
 
 def _thin_row(thinned: bool) -> Row:
-    more = {"scores_out": "*fp32", "positions_out": "*i32", "stride_out": "i32:16"}
+    more: _Arguments = {"scores_out": "*fp32", "positions_out": "*i32", "stride_out": "i32:16"}
     return Row(_SCORES | more | {"THINNED": thinned}, SELECT_WARPS[CHUNK])
 
 
@@ -166,7 +167,7 @@ ALL_SLOTS = KernelSpec(
         Row(
             {"slots": "*i64:16", "seq_lens": "*i64", "block_table": table, "width": "i32"}
             | _TABLES
-            | {"BLOCK": 1024}
+            | {"BLOCK": ALL_SLOTS_TILE.block_n}
         )
         for table in ("*i64", "*i32")
     ),

@@ -1,6 +1,7 @@
 """Index logits in Triton against the reference, over shuffled pages among pages of NaN.
 
-On a GPU in every PDL mode; `test_triton.py` runs the same file in Triton's interpreter, whose bf16 is wrong.
+On a GPU in every PDL mode; `test_triton.py` runs the same file in Triton's interpreter, whose bf16
+is wrong.
 """
 
 import pytest
