@@ -42,7 +42,8 @@ def _index_logits_kernel(
     H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     PAGE: tl.constexpr, SCALED: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    first = tl.program_id(0).to(tl.int64) * ROWS
+    program = tl.num_programs(0) - 1 - tl.program_id(0)  # a prompt's last rows see most: first
+    first = program.to(tl.int64) * ROWS
     step = tl.num_programs(1) * BLOCK
     rows, d = first + tl.arange(0, ROWS), tl.arange(0, D)
     heads = first * H + tl.arange(0, ROWS * H)
@@ -108,6 +109,7 @@ FP8 = KernelSpec(
         _row(LOGITS_TILES[0], 64, "fp8e4nv", "*i32"),
     ),
     min_capability=89,
+    fp_fusion=True,
 )
 BF16 = KernelSpec(
     _index_logits_kernel,
@@ -115,6 +117,7 @@ BF16 = KernelSpec(
         *(_row(tile, heads, "bf16") for tile, heads in _ROWS),
         _row(LOGITS_TILES[0], 64, "bf16", "*i32"),
     ),
+    fp_fusion=True,
 )
 SPECS = (FP8, BF16)
 

@@ -14,7 +14,7 @@ from minidsv.kernels.tile import Rule, Tile
 SMS = 132
 SELECT_WARPS = {1024: 4, 2048: 4, 4096: 8, 8192: 16}  # by scores in registers
 CHUNK = 8192  # a longer row is thinned, so many scores a program
-
+ALL_SLOTS_TILE = Tile(block_n=1024)
 
 ONE = Tile(1, 64, num_warps=4, num_stages=3)
 STREAM = Tile(1, 128, num_warps=4, num_stages=3)
@@ -27,9 +27,9 @@ def index_logits(m: int, dims: tuple[int, ...]) -> Tile:
     requests, length, _ = dims
     few = STREAM if m * length > 128 * SMS else ONE
     tile = SHARED if m >= 4 * requests else few
-    programs = -(-m // tile.block_m)
     blocks = -(-length // tile.block_n)
-    return replace(tile, split=min(blocks, max(1, 4 * SMS // programs)))
+    share = -(-blocks * -(-m // tile.block_m) // (4 * SMS))  # blocks a program: 4 of them an SM
+    return replace(tile, split=-(-blocks // max(1, share)))
 
 
 def thin_topk(m: int, dims: tuple[int, ...]) -> Tile:
@@ -42,7 +42,7 @@ def select_topk(m: int, dims: tuple[int, ...]) -> Tile:
 
 
 def all_slots(m: int, dims: tuple[int, ...]) -> Tile:
-    return Tile(block_n=1024, num_warps=4)
+    return ALL_SLOTS_TILE
 
 
 TILES: dict[str, Rule] = {
