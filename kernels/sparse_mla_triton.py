@@ -155,7 +155,7 @@ def _sparse_mla_kernel(
             k, k_pe, row_scale = _load_grouped(latent, slot, c, r, C, R, WGMMA)
             bias += tl.log2(row_scale)
             if WGMMA:  # exact, and undone by rope_factor: a changed operand needs fewer buffers
-                k_pe *= 2.0
+                k_pe = (k_pe.to(tl.float32) * 2.0).to(k_pe.dtype)
         else:
             k, k_pe = _load_plain(latent, slot, c, r, C, R, WGMMA)
         if CARRY:
