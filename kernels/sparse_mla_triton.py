@@ -135,8 +135,9 @@ def _sparse_mla_kernel(
     pdl_begin(PDL)
     q = tl.load(q_latent + token * q_token + h[:, None] * q_head + c[None, :], mask=real, other=0.0)
     qr = tl.load(q_pe + token * pe_token + h[:, None] * pe_head + r[None, :], mask=real, other=0.0)
-    last = _last_named(indices, first, tl.minimum(first + split_keys, topk), 512)
-    slot = tl.load(indices + first + n, mask=first + n < last, other=-1).to(tl.int32)
+    limit = tl.minimum(first + split_keys, topk)
+    slot = tl.load(indices + first + n, mask=first + n < limit, other=-1).to(tl.int32)
+    last = _last_named(indices, first, limit, 512)
     if F16:
         q = _to_f16(q)
         qr = qr if GROUPED else _to_f16(qr)
@@ -149,7 +150,7 @@ def _sparse_mla_kernel(
     acc = tl.zeros([BLOCK_H, C], tl.float32)
     for start in range(first, last, BLOCK_N):
         if not CARRY:
-            slot = tl.load(indices + start + n, mask=start + n < last, other=-1).to(tl.int32)
+            slot = tl.load(indices + start + n, mask=start + n < limit, other=-1).to(tl.int32)
         bias = tl.where(slot >= 0, 0.0, float("-inf"))
         if GROUPED:
             k, k_pe, row_scale = _load_grouped(latent, slot, c, r, C, R, WGMMA)
@@ -160,7 +161,7 @@ def _sparse_mla_kernel(
             k, k_pe = _load_plain(latent, slot, c, r, C, R, WGMMA)
         if CARRY:
             ahead = start + BLOCK_N + n
-            slot = tl.load(indices + ahead, mask=ahead < last, other=-1).to(tl.int32)
+            slot = tl.load(indices + ahead, mask=ahead < limit, other=-1).to(tl.int32)
         x = tl.dot(q, k.T)
         x_pe = tl.dot(qr, k_pe.to(qr.dtype).T)
         if GROUPED:
