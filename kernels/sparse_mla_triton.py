@@ -31,32 +31,60 @@ F16_MAX = tl.constexpr(65504.0)
 
 
 @triton.jit
-def _load_grouped(row, slot, c, r, C: tl.constexpr, R: tl.constexpr):
+def _load_rows(row, slot, c, ROW: tl.constexpr):
+    """Values `c` of rows `slot` (-1: zeros): [N, C]."""
+    at = slot[:, None].to(tl.int64) * ROW + c[None, :]
+    return tl.load(row + at, mask=slot[:, None] >= 0, other=0.0)
+
+
+@triton.jit
+def _load_pieces(row, slot, C: tl.constexpr, ROW: tl.constexpr):
+    """The same by pieces of 64 values: [C / 64, N, 64].
+
+    The hint ranks the axes: a warp takes eight rows of a piece, so that its stores of f16 into the
+    swizzled operand of warpgroup mma fall into different banks.
+    """
+    at = slot[None, :, None].to(tl.int64) * ROW + tl.arange(0, C // 64)[:, None, None] * 64
+    at = tl.max_contiguous(at + tl.arange(0, 64)[None, None, :], [1, 2, 16])
+    return tl.load(row + at, mask=slot[None, :, None] >= 0, other=0.0)
+
+
+@triton.jit
+def _load_f16(row, slot, c, C: tl.constexpr, ROW: tl.constexpr, WGMMA: tl.constexpr):
+    """The latents of e4m3 rows as f16 [N, C]."""
+    if WGMMA:
+        k = tl.permute(_load_pieces(row, slot, C, ROW).to(tl.float16), (1, 0, 2))
+        k = tl.reshape(k, (slot.shape[0], C))
+    else:
+        k = _load_rows(row, slot, c, ROW).to(tl.float16)
+    return k
+
+
+@triton.jit
+def _load_grouped(row, slot, c, r, C: tl.constexpr, R: tl.constexpr, WGMMA: tl.constexpr):
     """fp8 rows `slot` (-1: zeros) as operands: k f16 [N, C] over each row's largest scale [N],
     k_pe bf16 [N, R]; `row` points to e4m3."""
     ROW: tl.constexpr = C + C // 32 + 2 * R
-    at, valid = slot[:, None].to(tl.int64), slot[:, None] >= 0
-    k8 = tl.load(row + at * ROW + c[None, :], mask=valid, other=0.0)
+    k8 = _load_f16(row, slot, c, C, ROW, WGMMA)
     rope = row.to(tl.pointer_type(tl.bfloat16)) + (C + C // 32) // 2
-    k_pe = tl.load(rope + at * (ROW // 2) + r[None, :], mask=valid, other=0.0)
-    g = tl.arange(0, C // 128)
+    k_pe = _load_rows(rope, slot, r, ROW // 2)
     scales = row.to(tl.pointer_type(tl.float32)) + C // 4
-    scale = tl.load(scales + at * (ROW // 4) + g[None, :], mask=valid, other=0.0)
+    scale = _load_rows(scales, slot, tl.arange(0, C // 128), ROW // 4)
     largest = tl.max(scale, 1)
     largest = tl.where(largest > 0, largest, 1.0)
     ratio = (scale * (1.0 / largest)[:, None]).to(tl.float16)
-    k = tl.reshape(k8.to(tl.float16), (slot.shape[0], C // 128, 128)) * ratio[:, :, None]
+    k = tl.reshape(k8, (slot.shape[0], C // 128, 128)) * ratio[:, :, None]
     return tl.reshape(k, (slot.shape[0], C)), k_pe, largest
 
 
 @triton.jit
-def _load_plain(row, slot, c, r, C: tl.constexpr, R: tl.constexpr):
+def _load_plain(row, slot, c, r, C: tl.constexpr, R: tl.constexpr, WGMMA: tl.constexpr):
     """Rows `slot` (-1: zeros) of one dtype as operands: k [N, C], k_pe [N, R]; e4m3 as f16."""
-    at, valid = slot[:, None].to(tl.int64) * (C + R), slot[:, None] >= 0
-    k = tl.load(row + at + c[None, :], mask=valid, other=0.0)
-    k_pe = tl.load(row + at + C + r[None, :], mask=valid, other=0.0)
+    k_pe = _load_rows(row + C, slot, r, C + R)
     if row.dtype.element_ty.is_fp8():
-        k, k_pe = k.to(tl.float16), k_pe.to(tl.float16)
+        k, k_pe = _load_f16(row, slot, c, C, C + R, WGMMA), k_pe.to(tl.float16)
+    else:
+        k = _load_rows(row, slot, c, C + R)
     return k, k_pe
 
 
@@ -107,8 +135,9 @@ def _sparse_mla_kernel(
     pdl_begin(PDL)
     q = tl.load(q_latent + token * q_token + h[:, None] * q_head + c[None, :], mask=real, other=0.0)
     qr = tl.load(q_pe + token * pe_token + h[:, None] * pe_head + r[None, :], mask=real, other=0.0)
-    last = _last_named(indices, first, tl.minimum(first + split_keys, topk), 512)
-    slot = tl.load(indices + first + n, mask=first + n < last, other=-1).to(tl.int32)
+    limit = tl.minimum(first + split_keys, topk)
+    slot = tl.load(indices + first + n, mask=first + n < limit, other=-1).to(tl.int32)
+    last = _last_named(indices, first, limit, 512)
     if F16:
         q = _to_f16(q)
         qr = qr if GROUPED else _to_f16(qr)
@@ -121,18 +150,18 @@ def _sparse_mla_kernel(
     acc = tl.zeros([BLOCK_H, C], tl.float32)
     for start in range(first, last, BLOCK_N):
         if not CARRY:
-            slot = tl.load(indices + start + n, mask=start + n < last, other=-1).to(tl.int32)
+            slot = tl.load(indices + start + n, mask=start + n < limit, other=-1).to(tl.int32)
         bias = tl.where(slot >= 0, 0.0, float("-inf"))
         if GROUPED:
-            k, k_pe, row_scale = _load_grouped(latent, slot, c, r, C, R)
+            k, k_pe, row_scale = _load_grouped(latent, slot, c, r, C, R, WGMMA)
             bias += tl.log2(row_scale)
             if WGMMA:  # exact, and undone by rope_factor: a changed operand needs fewer buffers
-                k_pe *= 2.0
+                k_pe = (k_pe.to(tl.float32) * 2.0).to(k_pe.dtype)
         else:
-            k, k_pe = _load_plain(latent, slot, c, r, C, R)
+            k, k_pe = _load_plain(latent, slot, c, r, C, R, WGMMA)
         if CARRY:
             ahead = start + BLOCK_N + n
-            slot = tl.load(indices + ahead, mask=ahead < last, other=-1).to(tl.int32)
+            slot = tl.load(indices + ahead, mask=ahead < limit, other=-1).to(tl.int32)
         x = tl.dot(q, k.T)
         x_pe = tl.dot(qr, k_pe.to(qr.dtype).T)
         if GROUPED:

@@ -26,9 +26,9 @@ E4M3 = torch.float8_e4m3fn
 SLOTS = 4096
 KV_SCALE, Q_SCALE = 0.0625, 0.03125
 DIMS = [(128, 64)] if is_interpreted() else [(512, 64), (128, 64)]
-HEADS = [1, 17] if is_interpreted() else [1, 4, 16, 17, 64, 100, 128]
+HEADS = [1, 70] if is_interpreted() else [1, 4, 16, 17, 64, 100, 128]
 TOPK = [21] if is_interpreted() else [1, 64, 100, 2048]
-TOKENS = [0, 3] if is_interpreted() else [0, 1, 3, 40]
+TOKENS = [0, 3, 8] if is_interpreted() else [0, 1, 3, 40]
 
 
 def cache(layout: str, rows: Tensor, c: int, written: Tensor) -> Tensor:
