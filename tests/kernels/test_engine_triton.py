@@ -19,6 +19,8 @@ from minidsv.questions import eval_questions
 pytestmark = pytest.mark.gpu
 CACHES = [("bfloat16", "bfloat16"), ("bfloat16", "fp8"), ("fp8", "fp8"), ("fp8_flat", "fp8")]
 REPLAYS = 1000
+TRITON = {"backend": "triton"}
+ON_CUDA = TRITON | {"device": "cuda"}
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +41,7 @@ def test_logits(
     folder = str(checkpoints[family])
     on, off, torch_backend = (
         LLM(folder, **options, **more).prompt_logits(ids).cpu()
-        for more in ({"pdl": "on"}, {"pdl": "off"}, {"backend": "torch"})
+        for more in (TRITON | {"pdl": "on"}, TRITON | {"pdl": "off"}, {"backend": "torch"})
     )
     assert torch.isfinite(on).all()
     assert torch.equal(on, off)
@@ -51,7 +53,7 @@ def test_retrieval_with_pdl_and_without(kv: str, index: str) -> None:
     """The bundled model past index_topk, batches that grow and shrink: the same tokens, right."""
     answers = {}
     for pdl in ("on", "off"):
-        llm = LLM(device="cuda", pdl=pdl, kv_cache_dtype=kv, index_cache_dtype=index, num_pages=300)
+        llm = LLM(pdl=pdl, kv_cache_dtype=kv, index_cache_dtype=index, num_pages=300, **ON_CUDA)
         tokenizer = llm.engine.tokenizer
         questions = eval_questions(
             "retrieval_open", 40, 3, 384, lambda text, t=tokenizer: len(t.encode(text)) - 1
@@ -79,7 +81,7 @@ def decode_step(tokens: list[int], at: int) -> StepBatch:
 def test_a_captured_chain_with_delays_equals_pdl_off(monkeypatch: pytest.MonkeyPatch) -> None:
     """1000 replays of a whole decode step; between any two kernels one that triggers at once and
     ends after a random time. Inputs change from replay to replay, so stale memory is wrong."""
-    llm = LLM(device="cuda", pdl="off", kv_cache_dtype="fp8", num_pages=12)
+    llm = LLM(pdl="off", kv_cache_dtype="fp8", num_pages=12, **ON_CUDA)
     model = llm.engine.runner.model
     for at in range(150):  # fill the caches of three requests past index_topk
         model.forward(decode_step([5 + at % 7, 40 + at % 11, 90 + at % 13], at))
@@ -89,7 +91,7 @@ def test_a_captured_chain_with_delays_equals_pdl_off(monkeypatch: pytest.MonkeyP
     want = [forward_of(model, step, i) for i in ids]
     assert not torch.equal(want[0], want[1])
 
-    on = LLM(device="cuda", pdl="on", kv_cache_dtype="fp8", num_pages=12).engine.runner
+    on = LLM(pdl="on", kv_cache_dtype="fp8", num_pages=12, **ON_CUDA).engine.runner
     for mine, other in zip(on.cache.latent, llm.engine.runner.cache.latent, strict=True):
         mine.copy_(other)
     for mine, other in zip(on.cache.index, llm.engine.runner.cache.index, strict=True):

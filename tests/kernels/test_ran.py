@@ -127,7 +127,8 @@ def test_a_generation_ran_as_proved(
     """The bundled model past its index_topk, one request and several, prefill and decode."""
     if pdl == "on" and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("needs SM 9.0")
-    llm = LLM(device="cuda", kv_cache_dtype=kv_cache_dtype, pdl=pdl, num_pages=64)
+    options = {"backend": "triton", "kv_cache_dtype": kv_cache_dtype, "pdl": pdl}
+    llm = LLM(device="cuda", num_pages=64, **options)
     with recorded_launches() as launches:
         for prompts in ([[5]], [[5, 7] * 200, [9] * 3, [8] * 65]):
             llm.generate(prompts, SamplingParams(max_tokens=3, ignore_eos=True))
