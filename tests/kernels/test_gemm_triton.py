@@ -119,6 +119,18 @@ def test_fused_a_gemm_without_an_indexer() -> None:
     assert all(map(torch.equal, short[:2], outs[:2]))
 
 
+def test_every_fp8_code_is_exact() -> None:
+    """One-hot tokens read the weights back, subnormals too; 0x7F and 0xFF are NaN."""
+    codes = (torch.arange(256)[:, None] + torch.arange(128) * 2) % 256
+    weight = codes.where(codes % 128 != 127, 0).to(torch.uint8).view(torch.float8_e4m3fn)
+    x = torch.eye(128, dtype=DTYPE, device=DEVICE)
+    for tokens in (1, 8, 64) if is_interpreted() else (1, 8, 16, 32, 64, 128):
+        for first in {0, 64 - tokens // 2, 128 - tokens}:
+            one_hot = x[first : first + tokens]
+            y = linear(one_hot, weight.to(DEVICE), torch.ones(2, 1, device=DEVICE), pdl="on")
+            assert torch.equal(y.cpu(), weight.float().T[first : first + tokens].to(DTYPE)), tokens
+
+
 @pytest.mark.skipif(is_interpreted(), reason="1.9 GB")
 def test_a_weight_beyond_two_to_the_30_elements() -> None:
     weight = torch.zeros(300_000, 7168, dtype=torch.bfloat16, device="cuda")  # 2^31 elements
