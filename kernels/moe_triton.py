@@ -48,10 +48,10 @@ def _prefetch(rows, wanted, LINES: tl.constexpr):
 
 @triton.jit
 def _product(
-    w, x, low, high, size, ROWS: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
+    w, x, valid, low, high, size, ROWS: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
     EVEN: tl.constexpr,
 ):  # fmt: skip
-    """w [ROWS] and x [BT] point to rows of `size` -> fp32 [ROWS, BT].
+    """w [ROWS] and x [BT] point to rows of `size` -> fp32 [ROWS, BT]; only `valid` x are read.
 
     FP8: `low` and `high` point to the block scales of the first and the second half of the rows.
     """
@@ -67,10 +67,11 @@ def _product(
             at = start + part
             if EVEN:
                 weight = tl.load(w[:, None] + (at + k)[None, :])
-                token = tl.load(x[:, None] + (at + k)[None, :])
+                token = tl.load(x[:, None] + (at + k)[None, :], mask=valid[:, None], other=0.0)
             else:
                 inside = (at + k < size)[None, :]
                 weight = tl.load(w[:, None] + (at + k)[None, :], mask=inside, other=0.0)
+                inside &= valid[:, None]
                 token = tl.load(x[:, None] + (at + k)[None, :], mask=inside, other=0.0)
             if fp8:
                 scale = tl.where(is_low, scale_low, scale_high)
@@ -144,7 +145,7 @@ def _gate_up_kernel(
         gate_scale += block * half // 128 * tl.cdiv(hidden, 128)
         line = tl.minimum(block * half + r % half, width - 1) + r // half * width
         acc = _product(
-            w + line * hidden, x + row.to(tl.int64) * hidden, gate_scale, gate_scale + blocks,
+            w + line * hidden, x + row.to(tl.int64) * hidden, at < end, gate_scale, gate_scale + blocks,
             hidden, ROWS, BT, BK, EVEN,
         )  # fmt: skip
         gate, up = tl.split(tl.permute(tl.reshape(acc, (2, half, BT)), (2, 1, 0)))  # [BT, half]
@@ -196,7 +197,7 @@ def _down_kernel(
         )
         line = tl.minimum(block * ROWS + r, hidden - 1)
         source = tl.where(is_shared, shared_h, h) + row.to(tl.int64) * width
-        acc = _product(w + line * width, source, s, s, width, ROWS, BT, BK, EVEN)
+        acc = _product(w + line * width, source, at < end, s, s, width, ROWS, BT, BK, EVEN)
         column = block * ROWS + r
         tl.store(
             y + slot.to(tl.int64)[:, None] * hidden + column[None, :],
