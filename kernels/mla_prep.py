@@ -6,6 +6,7 @@ The norm and the rotation round to the inputs' dtype before the row is made, as 
 the three operators does. Called by MLA.
 """
 
+import torch
 from torch import Tensor
 
 from minidsv.kernels.norm import rms_norm_ref
@@ -57,7 +58,7 @@ def norm_rope_set_mla_kv_buffer(
     cos, sin fp32 [T, r / 2]. `pdl`: None runs the reference, a mode the Triton kernel.
     """
     c, r = latent.shape[-1], k_pe.shape[-1]
-    width = fp8_row_bytes(c, r) if kv_buffer.element_size() == 1 and not _flat(kv_buffer) else c + r
+    width = fp8_row_bytes(c, r) if kv_buffer.dtype == torch.uint8 else c + r
     assert_rows(kv_buffer, loc, latent, k_pe, width)
     assert gain.shape == (c,), f"gain {tuple(gain.shape)} is not [{c}]"
     assert_angles(k_pe, cos, sin, r)
@@ -69,10 +70,6 @@ def norm_rope_set_mla_kv_buffer(
     from minidsv.kernels.mla_prep_triton import write_rows
 
     return write_rows(kv_buffer, loc, latent, gain, eps, k_pe, cos, sin, scale, mode)
-
-
-def _flat(kv_buffer: Tensor) -> bool:
-    return kv_buffer.is_floating_point()
 
 
 def norm_rope_set_mla_kv_buffer_cost(
