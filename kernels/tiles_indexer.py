@@ -1,4 +1,4 @@
-"""Tiles of the indexer's scores and selection, as measured on an H200.
+"""Tiles of the indexer's scores and selection.
 
 index_logits   dims (requests, max_seq_len, heads): block_m rows, block_n keys a program,
                `split` programs a row that take the blocks in turn
