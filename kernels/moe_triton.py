@@ -145,8 +145,8 @@ def _gate_up_kernel(
         gate_scale += block * half // 128 * tl.cdiv(hidden, 128)
         line = tl.minimum(block * half + r % half, width - 1) + r // half * width
         acc = _product(
-            w + line * hidden, x + row.to(tl.int64) * hidden, at < end, gate_scale, gate_scale + blocks,
-            hidden, ROWS, BT, BK, EVEN,
+            w + line * hidden, x + row.to(tl.int64) * hidden, at < end,
+            gate_scale, gate_scale + blocks, hidden, ROWS, BT, BK, EVEN,
         )  # fmt: skip
         gate, up = tl.split(tl.permute(tl.reshape(acc, (2, half, BT)), (2, 1, 0)))  # [BT, half]
         gate, up = _rounded(gate, BF16), _rounded(up, BF16)
