@@ -91,7 +91,7 @@ def cases(spec: KernelSpec, one_row: bool = False) -> Iterator[Case]:
         seen.add(row.dtypes)
         yield from (Case(spec, row, 90, mode) for mode in PDL_MODES if mode != "prefetch")
         yield Case(spec, row, 100)
-        if spec.min_capability <= 80:
+        if row.min_capability <= 80:
             yield Case(spec, row, 80, "off")
 
 

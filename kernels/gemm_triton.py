@@ -204,7 +204,7 @@ def _spec(
         return {"m": "i32", "x_stride": "i32:16", **dict.fromkeys(ROWS, n), **sizes(tile)}
 
     rows = launch_rows(size, tiles, own)
-    return KernelSpec(kernel, rows, REPLAY_CONSTANT, 89 if size == 1 else 80, fp_fusion=True)
+    return KernelSpec(kernel, rows, REPLAY_CONSTANT, fp_fusion=True)
 
 
 NARROW = {n: _spec(_narrow_kernel, n, lambda t: t.narrow, narrow_sizes, "i32") for n in (1, 2)}

@@ -98,11 +98,11 @@ def sizes(tile: Tile) -> dict[str, int]:
     }
 
 
-def _spec(size: int, min_capability: int) -> KernelSpec:
+def _spec(size: int) -> KernelSpec:
     """Of weights of `size` bytes."""
     rows = launch_rows(size, lambda tiles: (tiles.gemv,), sizes)
-    return KernelSpec(_gemv_kernel, rows, REPLAY_CONSTANT, min_capability, fp_fusion=True)
+    return KernelSpec(_gemv_kernel, rows, REPLAY_CONSTANT, fp_fusion=True)
 
 
-GEMV = {1: _spec(1, 89), 2: _spec(2, 80)}
+GEMV = {1: _spec(1), 2: _spec(2)}
 SPECS = tuple(GEMV.values())

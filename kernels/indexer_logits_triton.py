@@ -56,7 +56,8 @@ def _index_logits_kernel(
     for lead in range(ROWS):
         row = tl.minimum(first + lead, num_rows - 1)
         request = tl.load(request_index + row).to(tl.int64)
-        if (lead == 0) | (request != tl.load(request_index + tl.maximum(row - 1, first))):
+        new = (lead == 0) | (request != tl.load(request_index + tl.maximum(row - 1, first)))
+        if new & (first + lead < num_rows):
             mine = requests == request
             length = tl.max(tl.where(mine, lengths, 0), 0)
             for start in tl.range(tl.program_id(1) * BLOCK, length, step, num_stages=STAGES):
@@ -108,7 +109,6 @@ FP8 = KernelSpec(
         *(_row(tile, heads, "fp8e4nv") for tile, heads in _ROWS),
         _row(LOGITS_TILES[0], 64, "fp8e4nv", "*i32"),
     ),
-    min_capability=89,
     fp_fusion=True,
 )
 BF16 = KernelSpec(

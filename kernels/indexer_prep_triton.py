@@ -268,15 +268,12 @@ def _k_rows(keys: str, **more: Any) -> tuple[Row, ...]:
 
 _CONSTANT = frozenset({"gain", "bias"})
 Q_PLAIN = KernelSpec(_index_q_plain_kernel, _q_rows("bf16"))
-Q_FP8 = KernelSpec(
-    _index_q_fp8_kernel, _q_rows("fp8e4nv", **_fp8_constants(128)), min_capability=89
-)
+Q_FP8 = KernelSpec(_index_q_fp8_kernel, _q_rows("fp8e4nv", **_fp8_constants(128)))
 K_PLAIN = KernelSpec(_index_k_plain_kernel, _k_rows("bf16"), _CONSTANT)
 K_FP8 = KernelSpec(
     _index_k_fp8_kernel,
     _k_rows("fp8e4nv", scales="*fp32:16", PAGE=PAGE_SIZE, **_fp8_constants(128)),
     _CONSTANT,
-    min_capability=89,
 )
 SPECS = (Q_PLAIN, Q_FP8, K_PLAIN, K_FP8)
 

@@ -54,6 +54,11 @@ class Row:
         """The pointees without the indices'."""
         return tuple(t for t in self.pointees if not t.startswith("i"))
 
+    @property
+    def min_capability(self) -> int:
+        """8.0, or 8.9 with e4m3."""
+        return 89 if "fp8e4nv" in self.pointees else 80
+
 
 @dataclass(frozen=True)
 class KernelSpec:
@@ -62,7 +67,6 @@ class KernelSpec:
     kernel: Any  # triton.JITFunction
     rows: tuple[Row, ...]
     replay_constant: frozenset[str] = frozenset()
-    min_capability: int = 80  # 89 where it casts to e4m3
     fp_fusion: bool = False  # fuse a * b + c into one rounding
 
     @property

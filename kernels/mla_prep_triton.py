@@ -139,13 +139,11 @@ FLAT = KernelSpec(
     _flat_kernel,
     _rows({"kv_buffer": "fp8e4nv"}, scale="fp32", MAX=FP8_LIMITS["MAX"]),
     _CONSTANT,
-    min_capability=89,
 )
 FP8 = KernelSpec(
     _fp8_kernel,
     _rows({"latent_out": "fp8e4nv", "scales": "fp32", "rope_out": "bf16"}, True, **FP8_LIMITS),
     _CONSTANT,
-    min_capability=89,
 )
 SPECS = (PLAIN, FLAT, FP8)
 

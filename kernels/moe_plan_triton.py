@@ -2,7 +2,7 @@
 
     prepare   order [T * k]: slots (token * k + choice) by expert, then by slot
               plan [tiles, 3]: expert, begin, end of at most BT entries of `order`; unused tiles
-              are empty. Further programs store x as f16 for FP8 weights.
+              are empty
     combine   out[t] = sum_j weights[t, j] y[t * k + j] + y[T * k + t]
 
 Every expert has a program, which counts all choices itself: no atomics, no sort, one launch.
@@ -19,24 +19,18 @@ from triton import cdiv, next_power_of_2
 from minidsv.kernels.launch import KernelSpec, Row, pdl_begin, pdl_end
 from minidsv.kernels.pdl import PdlMode
 
-COPY_BLOCK = 8192
 COMBINE_BLOCK = 512
 
 
-@triton.jit
-def to_f16(x):
-    """Saturated; NaN stays."""
-    return tl.clamp(x.to(tl.float32), -65504.0, 65504.0, tl.PropagateNan.ALL).to(tl.float16)
-
-
-@triton.jit
-def _plan_expert(
+@triton.jit(do_not_specialize=("slots", "tiles", "experts"))
+def _prepare_kernel(
     ids, order, plan, slots, tiles, experts,
-    BINS: tl.constexpr, CHUNK: tl.constexpr, BT: tl.constexpr,
+    BINS: tl.constexpr, CHUNK: tl.constexpr, BT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Entries of `order` and tiles of one expert; the last one's program empties unused tiles."""
     expert = tl.program_id(0)
     bins, c = tl.arange(0, BINS), tl.arange(0, CHUNK)
+    pdl_begin(PDL)
     counts = tl.zeros((BINS,), dtype=tl.int32)
     for start in range(0, slots, CHUNK):
         chosen = tl.load(ids + start + c, mask=start + c < slots, other=0).to(tl.int32)
@@ -59,21 +53,6 @@ def _plan_expert(
     if expert == experts - 1:
         for start in range(tile * 3, tiles * 3, CHUNK):
             tl.store(plan + start + c, c * 0, mask=start + c < tiles * 3)
-
-
-@triton.jit(do_not_specialize=("slots", "tiles", "experts"))
-def _prepare_kernel(
-    ids, order, plan, x, x16, slots, tiles, experts, numbers,
-    BINS: tl.constexpr, CHUNK: tl.constexpr, BT: tl.constexpr, COPY: tl.constexpr,
-    PDL: tl.constexpr,
-):  # fmt: skip
-    pdl_begin(PDL)
-    if tl.program_id(0) < experts:
-        _plan_expert(ids, order, plan, slots, tiles, experts, BINS, CHUNK, BT)
-    else:
-        at = (tl.program_id(0) - experts).to(tl.int64) * COPY + tl.arange(0, COPY)
-        inside = at < numbers
-        tl.store(x16 + at, to_f16(tl.load(x + at, mask=inside)), mask=inside)
     pdl_end(PDL)
 
 
@@ -98,13 +77,9 @@ def _combine_kernel(
 
 
 def _prepare_row(bins: int, chunk: int, bt: int) -> Row:
-    return Row(
-        {
-            "ids": "*i64:16", "order": "*i32:16", "plan": "*i32:16", "x": "*bf16:16",
-            "x16": "*fp16:16", "slots": "i32", "tiles": "i32", "experts": "i32",
-            "numbers": "i32:16", "BINS": bins, "CHUNK": chunk, "BT": bt, "COPY": COPY_BLOCK,
-        }
-    )  # fmt: skip
+    pointers = {"ids": "*i64:16", "order": "*i32:16", "plan": "*i32:16"}
+    sizes = {"slots": "i32", "tiles": "i32", "experts": "i32"}
+    return Row({**pointers, **sizes, "BINS": bins, "CHUNK": chunk, "BT": bt})
 
 
 PLAN_TILES = (16, 32, 64, 128)
@@ -140,25 +115,19 @@ def max_tiles(slots: int, experts: int, bt: int) -> int:
     return named + (slots - named) // bt
 
 
-def prepare(
-    x: Tensor, ids: Tensor, experts: int, bt: int, as_f16: bool, mode: PdlMode
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(tokens for the GEMMs, plan, order)."""
+def prepare(ids: Tensor, experts: int, bt: int, mode: PdlMode) -> tuple[Tensor, Tensor]:
+    """(plan, order) of ids [T, k]."""
     slots = ids.numel()
     tiles = max_tiles(slots, experts, bt)
-    plan = torch.empty((tiles, 3), dtype=torch.int32, device=x.device)
-    order = torch.empty(slots, dtype=torch.int32, device=x.device)
-    x16 = torch.empty(x.shape if as_f16 else 0, dtype=torch.float16, device=x.device)
-    planned = (next_power_of_2(experts), bt) if slots else (256, 16)  # of a dense MLP: any row
+    plan = torch.empty((tiles, 3), dtype=torch.int32, device=ids.device)
+    order = torch.empty(slots, dtype=torch.int32, device=ids.device)
     args: dict[str, Any] = {
-        "ids": ids, "order": order, "plan": plan, "x": x, "x16": x16, "slots": slots,
-        "tiles": tiles, "experts": experts if slots else 0, "numbers": x.numel(),
-        "BINS": max(2, planned[0]), "CHUNK": 512 if slots <= 512 else 2048, "BT": planned[1],
-        "COPY": COPY_BLOCK,
+        "ids": ids, "order": order, "plan": plan, "slots": slots, "tiles": tiles,
+        "experts": experts, "BINS": max(2, next_power_of_2(experts)),
+        "CHUNK": 512 if slots <= 512 else 2048, "BT": bt,
     }  # fmt: skip
-    copies = cdiv(x.numel(), COPY_BLOCK) if as_f16 else 0
-    PREPARE.launch((args["experts"] + copies,), mode, args)
-    return x16 if as_f16 else x, plan, order
+    PREPARE.launch((experts,), mode, args)
+    return plan, order
 
 
 def combine(y: Tensor, weights: Tensor, tokens: int, shared: bool, mode: PdlMode) -> Tensor:

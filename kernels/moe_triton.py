@@ -3,8 +3,8 @@
 Both multiply weight rows [ROWS, K] with tokens [K, BT], so that the weights are the tensor cores'
 M side and few tokens waste little. A launch holds the shared expert's programs first (of a dense
 layer: all), then the routed experts' by the plan of `moe_plan_triton`; a lone token needs no plan,
-its ids name the tiles. FP8 weights become f16 (exact), tokens are f16, and each 128 of K is scaled
-in fp32; the shared expert's weights are the only ones known before the wait.
+its ids name the tiles. FP8 weights become bf16 (exact), and each 128 of K is scaled in fp32; the
+shared expert's weights are the only ones known before the wait.
 """
 
 import itertools
@@ -17,9 +17,10 @@ import triton.language as tl
 from torch import Tensor
 from triton import cdiv
 
+from minidsv.kernels.gemm_triton import as_operand
 from minidsv.kernels.launch import KernelSpec, Row, pdl_begin, pdl_end
 from minidsv.kernels.launch_config import launch_config
-from minidsv.kernels.moe_plan_triton import combine, max_tiles, prepare, to_f16
+from minidsv.kernels.moe_plan_triton import combine, max_tiles, prepare
 from minidsv.kernels.pdl import PdlMode
 from minidsv.kernels.tile import Tile
 from minidsv.kernels.tiles_moe import MLP_TILES
@@ -77,9 +78,8 @@ def _product(
                 scale = tl.where(is_low, scale_low, scale_high)
                 following = tl.minimum((at + 128) // 128, last)
                 scale_low, scale_high = tl.load(low + following), tl.load(high + following)
-                if token.dtype != tl.float16:
-                    token = to_f16(token)
-                acc += tl.dot(weight.to(tl.float16), tl.trans(token)) * scale[:, None]
+                operand = as_operand(weight, token, ROWS >= 64)
+                acc += tl.dot(operand, tl.trans(token)) * scale[:, None]
             else:
                 acc = tl.dot(weight, tl.trans(token), acc)
     return acc
@@ -151,8 +151,6 @@ def _gate_up_kernel(
         gate, up = tl.split(tl.permute(tl.reshape(acc, (2, half, BT)), (2, 1, 0)))  # [BT, half]
         gate, up = _rounded(gate, BF16), _rounded(up, BF16)
         value = _rounded(gate / (1.0 + tl.exp(-gate)) * up, BF16)
-        if h.dtype.element_ty == tl.float16:
-            value = to_f16(value)
         column = block * half + c
         tl.store(
             tl.where(is_shared, shared_h, h) + at.to(tl.int64)[:, None] * width + column[None, :],
@@ -216,18 +214,18 @@ def _row(tile: Tile, fp8: bool, alone: int, **more: str | int | float) -> Row:
         "inner": "i32:16", "shared_inner": "i32:16", "shared_programs": "i32",
         "ALONE": alone, "EVEN": 1, "ROWS": tile.block_n, "BT": tile.block_m, "BK": tile.block_k,
     }  # fmt: skip
-    h = "*fp16:16" if fp8 else "*bf16:16"
-    return Row(types | {"h": h, "shared_h": h} | more, tile.num_warps, tile.num_stages)
+    return Row(
+        types | {"h": "*bf16:16", "shared_h": "*bf16:16"} | more, tile.num_warps, tile.num_stages
+    )
 
 
 def _rows(gate_up: bool) -> tuple[Row, ...]:
-    """A lone token comes as it is (bf16), more are converted for FP8 weights before."""
+    """Both types of weights; a lone token runs on the narrow tiles."""
     rows = []
     for fp8, tile, alone in itertools.product((True, False), MLP_TILES, (1, 0)):
         more: dict[str, str | int | float] = {"y": "*bf16:16", "slots": "i32"}
         if gate_up:
-            x = "*fp16:16" if fp8 and not alone else "*bf16:16"
-            more = {"x": x, "top_k": "i32", "BF16": 1}
+            more = {"x": "*bf16:16", "top_k": "i32", "BF16": 1}
         if tile.block_m == 16 or not alone:
             rows.append(_row(tile, fp8, alone, **more))
     return tuple(rows)
@@ -237,12 +235,9 @@ GATE_UP = KernelSpec(
     _gate_up_kernel,
     _rows(True),
     frozenset(("shared_weight",)),
-    min_capability=89,
     fp_fusion=True,
 )
-DOWN = KernelSpec(
-    _down_kernel, _rows(False), frozenset(("shared_weight",)), min_capability=89, fp_fusion=True
-)
+DOWN = KernelSpec(_down_kernel, _rows(False), frozenset(("shared_weight",)), fp_fusion=True)
 SPECS = (GATE_UP, DOWN)
 
 
@@ -298,17 +293,14 @@ def _run(
     dims = (experts, max(1, ids.shape[1]), hidden, routed.inner)
     up, down = (launch_config(op, tokens, dims) for op in ("moe_gate_up", "moe_down"))
     assert up.block_m == down.block_m, f"gate_up {up}, down {down}"
-    fp8 = routed.gate_up.dtype == torch.float8_e4m3fn
-    alone = tokens == 1  # its ids are the plan, and it is converted on the way
+    alone = tokens == 1  # its ids are the plan
     plan = order = torch.empty(0, dtype=torch.int32, device=x.device)
-    source, tiles = x, slots
-    if not alone:
-        tiles = max_tiles(slots, experts, up.block_m)
-        source, plan, order = prepare(x, ids, experts, up.block_m, fp8, mode)
-    h_type = torch.float16 if fp8 else x.dtype
-    h = torch.empty((slots, routed.inner), dtype=h_type, device=x.device)
+    tiles = slots if alone else max_tiles(slots, experts, up.block_m)
+    if slots and not alone:
+        plan, order = prepare(ids, experts, up.block_m, mode)
+    h = x.new_empty(slots, routed.inner)
     shared_inner = shared.inner if shared else 0
-    shared_h = torch.empty((tokens, shared_inner), dtype=h_type, device=x.device)
+    shared_h = x.new_empty(tokens, shared_inner)
     shared = shared or routed
     token_tiles = cdiv(tokens, up.block_m) if shared_inner else 0
     common: dict[str, Any] = {
@@ -320,7 +312,7 @@ def _run(
     programs = cdiv(shared_inner, half) * token_tiles
     args = common | _weights(routed.gate_up, routed.gate_up_scale, "")
     args |= _weights(shared.gate_up, shared.gate_up_scale, "shared_")
-    args |= {"x": source, "top_k": max(1, ids.shape[1]), "BF16": int(x.dtype == torch.bfloat16)}
+    args |= {"x": x, "top_k": max(1, ids.shape[1]), "BF16": int(x.dtype == torch.bfloat16)}
     args |= {"shared_programs": programs, "ROWS": up.block_n, "BK": up.block_k}
     args |= {"EVEN": int(hidden % up.block_k == 0)}
     grid = (programs + cdiv(routed.inner, half) * tiles,)

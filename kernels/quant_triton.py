@@ -77,7 +77,7 @@ def _rows() -> tuple[Row, ...]:
     )
 
 
-QUANTIZE_GROUPS = KernelSpec(_quantize_groups_kernel, _rows(), min_capability=89)
+QUANTIZE_GROUPS = KernelSpec(_quantize_groups_kernel, _rows())
 SPECS = (QUANTIZE_GROUPS,)
 
 

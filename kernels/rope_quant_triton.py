@@ -88,7 +88,7 @@ def _sizes(c: int, r: int) -> dict[str, int]:
     return {"C": c, "R": r, "BLOCK_C": next_power_of_2(c), "BLOCK_R": next_power_of_2(r)}
 
 
-ROPE_QUANTIZE = KernelSpec(_rope_quantize_kernel, _rows(), min_capability=89)
+ROPE_QUANTIZE = KernelSpec(_rope_quantize_kernel, _rows())
 SPECS = (ROPE_QUANTIZE,)
 
 

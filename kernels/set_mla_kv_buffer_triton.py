@@ -151,12 +151,10 @@ COPY = KernelSpec(
 FLAT = KernelSpec(
     _flat_row_kernel,
     _rows([({"kv_buffer": "fp8e4nv"}, keys) for keys in KEYS], scale="fp32", MAX=FP8_LIMITS["MAX"]),
-    min_capability=89,
 )
 FP8 = KernelSpec(
     _fp8_row_kernel,
     _rows([(FP8_FIELDS, keys) for keys in KEYS], fp8_row_bytes, **FP8_LIMITS),
-    min_capability=89,
 )
 SPECS = (COPY, FLAT, FP8)
 

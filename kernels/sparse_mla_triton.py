@@ -90,8 +90,8 @@ def _load_plain(row, slot, c, r, C: tl.constexpr, R: tl.constexpr, WGMMA: tl.con
 
 @triton.jit
 def _to_f16(x):
-    """Saturated."""
-    return tl.clamp(x.to(tl.float32), -F16_MAX, F16_MAX).to(tl.float16)
+    """Saturated; NaN stays."""
+    return tl.clamp(x.to(tl.float32), -F16_MAX, F16_MAX, tl.PropagateNan.ALL).to(tl.float16)
 
 
 @triton.jit
@@ -243,7 +243,7 @@ def _rows() -> Iterator[Row]:
             yield sparse_row(layout, tiles[layout], c, r, QUERIES[layout])
 
 
-SPARSE = KernelSpec(_sparse_mla_kernel, tuple(_rows()), min_capability=89, fp_fusion=True)
+SPARSE = KernelSpec(_sparse_mla_kernel, tuple(_rows()), fp_fusion=True)
 COMBINE = KernelSpec(
     _combine_splits_kernel, tuple(combine_row(s, c) for s in SPLITS[1:] for c, _ in DIMS)
 )

@@ -7,7 +7,8 @@ from minidsv.errors import ConfigError
 from minidsv.kernels.pdl import PdlMode, is_arch_support_pdl
 
 Capability = tuple[int, int]  # CUDA compute capability
-TRITON_CAPABILITY = (8, 0)
+MAX_GRID = 65535  # tokens of a step, on a grid's third axis
+TRITON_CAPABILITIES = ((8, 0), (9, 0), (10, 0))  # what the kernels are proved for
 
 
 def settle_backend(config: EngineConfig, capability: Capability | None) -> str:
@@ -29,8 +30,11 @@ def settle_backend(config: EngineConfig, capability: Capability | None) -> str:
 
 
 def _missing_for_triton(config: EngineConfig, capability: Capability | None) -> str | None:
-    if capability is None or capability < TRITON_CAPABILITY:
-        return f"a CUDA device of capability 8.0, and {device_name(config.device, capability)}"
+    if capability not in TRITON_CAPABILITIES:
+        found = device_name(config.device, capability)
+        return f"a CUDA device of capability 8.0, 9.0 or 10.0, and {found}"
+    if config.max_num_batched_tokens > MAX_GRID:
+        return f"max_num_batched_tokens up to {MAX_GRID}, and it is {config.max_num_batched_tokens}"
     if config.dtype != "bfloat16":
         return f"dtype 'bfloat16', and it is {config.dtype!r}"
     for name in ("kv_cache_dtype", "index_cache_dtype"):

@@ -64,6 +64,10 @@ class DeepseekV32:
         Returns (hidden after model.norm [L, hidden], logits fp32 [L, vocab]) of the L tokens of
         `step.logits_index`.
         """
+        with torch.cuda.device_of(self.embed_tokens):  # Triton launches on the current one
+            return self._forward(step)
+
+    def _forward(self, step: StepBatch) -> tuple[Tensor, Tensor]:
         eps, pdl = self.config.rms_norm_eps, self.pdl
         rope = self.rope.at(step.positions)
         dense = None  # every visible slot, when there is nothing to choose

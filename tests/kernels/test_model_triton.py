@@ -61,13 +61,10 @@ def logits(folder: Path, quantization: str, pdl: PdlMode | None) -> torch.Tensor
 
 
 @pytest.mark.skipif(not is_interpreted(), reason="runs in the interpreter")
-@pytest.mark.parametrize(
-    ("family", "quantization", "limit"), [("dsv32", "none", 5e-6), ("glm", "fp8", 3e-3)]
-)
-def test_forward(family: str, quantization: str, limit: float, tmp_path: Path) -> None:
-    """FP8 weights meet f16 activations where the references have fp32."""
+@pytest.mark.parametrize(("family", "quantization"), [("dsv32", "none"), ("glm", "fp8")])
+def test_forward(family: str, quantization: str, tmp_path: Path) -> None:
     folder = checkpoint(family, tmp_path / family)
     want = logits(folder, quantization, None)
     got = logits(folder, quantization, "off")
-    assert relative_l2(got, want) < limit
+    assert relative_l2(got, want) < 5e-6
     assert torch.equal(got.argmax(-1), want.argmax(-1))
