@@ -22,7 +22,18 @@ from minidsv.kernels.tile import Tile
 
 
 def project(x: Tensor, segments: Sequence[Segment], mode: PdlMode) -> list[Tensor]:
-    """x [T, in] through each of `segments` -> [T, out] each."""
+    """x [T, in] through each of `segments` -> [T, out] each, in one launch.
+
+    BF16 weights beside FP8 ones take a second, unless a gate's (fp32 out).
+    """
+    dense = [s.scale is None and s.out_dtype in (None, x.dtype) for s in segments]
+    if any(dense) and any(s.scale is not None for s in segments):
+        pairs = list(zip(segments, dense, strict=True))
+        parts = {
+            kind: iter(project(x, [s for s, is_dense in pairs if is_dense == kind], mode))
+            for kind in (False, True)
+        }
+        return [next(parts[is_dense]) for is_dense in dense]
     dims = _size(segments), sum(len(s.weight) for s in segments)
     return project_in(launch_config("linear", len(x), dims), x, segments, mode)
 

@@ -36,9 +36,12 @@ def cpu_by_default() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def visible_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Undo `cpu_by_default` for `gpu` tests: Triton picks its driver by `is_available`."""
+    """Undo `cpu_by_default` for `gpu` tests: Triton picks its driver by `is_available`. Their
+    references sum in fp32 throughout."""
     if request.node.get_closest_marker("gpu"):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        matmul = torch.backends.cuda.matmul
+        monkeypatch.setattr(matmul, "allow_bf16_reduced_precision_reduction", False)
 
 
 @pytest.fixture(scope="session")

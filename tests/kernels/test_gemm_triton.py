@@ -87,8 +87,10 @@ def test_linear(rows: int, k: int, kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "kinds", ["fp8 fp8 fp8 fp32", "fp8 fp8", "bf16 bf16 bf16 fp32", "fp8 fp8 bf16 fp32", "fp32 fp8"]
-)
+    "kinds",
+    ["fp8 fp8 fp8 fp32", "fp8 fp8", "bf16 bf16 bf16 fp32", "fp8 fp8 bf16 fp32", "fp32 fp8",
+     "bf16 fp8 bf16 fp32"],
+)  # fmt: skip
 def test_fused_linear(kinds: str) -> None:
     k = SHAPES[0][1]
     rows = (24, 10, 8, 4) if is_interpreted() else (1536, 576, 128, 64)
