@@ -7,11 +7,22 @@
 by every layer. `pdl`: None runs the reference, a mode the Triton kernel in that mode.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from minidsv.kernels.pdl import PdlMode, triton_mode
+
+
+class PreNorm(NamedTuple):
+    """What a block reads, not normalised yet: rms_norm(out + residual)."""
+
+    out: Tensor | None  # [T, D], the block before; None before the first
+    residual: Tensor  # [T, D], the sum of those before it
+    gain: Tensor  # [D]
+    eps: float
 
 
 def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -65,6 +76,13 @@ def add_rms_norm(
     from minidsv.kernels import norm_triton
 
     return norm_triton.add_rms_norm(x, residual, weight, eps, mode)
+
+
+def pre_norm(x: PreNorm, pdl: PdlMode | None = None) -> tuple[Tensor, Tensor]:
+    """(the normalised sum, the sum: the next block's residual), both [T, D]."""
+    if x.out is None:
+        return rms_norm(x.residual, x.gain, x.eps, pdl), x.residual
+    return add_rms_norm(x.out, x.residual, x.gain, x.eps, pdl)
 
 
 def layer_norm(

@@ -35,6 +35,6 @@ class StepBatch:
     seq_lens: Tensor  # [T] keys each token may see: its position + 1
     request_index: Tensor  # [T] row of block_table
     block_table: Tensor  # [R, pages] physical pages of each request, 0 behind its last
-    logits_index: Tensor  # [L] tokens whose logits are wanted
+    logits_index: Tensor | None  # [L] tokens whose logits are wanted; None: all
     max_seq_len: int  # the largest of seq_lens, known on the host
     selections: SelectionRecorder | None = None  # for requests that want to see them

@@ -7,6 +7,7 @@ from torch import Tensor
 from minidsv.checkpoint import Weight
 from minidsv.kernels.gemm import Segment
 from minidsv.kernels.moe import swiglu_mlp
+from minidsv.kernels.norm import PreNorm, pre_norm
 from minidsv.kernels.pdl import PdlMode
 from minidsv.kernels.rope_quant import RopeQuantBackend
 
@@ -27,9 +28,12 @@ class MLP:
     down: Weight
     pdl: PdlMode | None
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: PreNorm) -> tuple[Tensor, Tensor]:
+        """x [T, hidden] -> (down of it [T, hidden], the residual)."""
         gate_up, down = self.gate_up, self.down
-        return swiglu_mlp(x, gate_up.data, gate_up.scale, down.data, down.scale, self.pdl)
+        normed, residual = pre_norm(x, self.pdl)
+        out = swiglu_mlp(normed, gate_up.data, gate_up.scale, down.data, down.scale, self.pdl)
+        return out, residual
 
 
 class LayerWeights:

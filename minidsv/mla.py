@@ -18,7 +18,7 @@ from minidsv.indexer import Indexer
 from minidsv.kernels.absorb import absorb_q, absorb_v
 from minidsv.kernels.gemm import fused_a_gemm, fused_linear
 from minidsv.kernels.mla_prep import norm_rope_set_mla_kv_buffer
-from minidsv.kernels.norm import rms_norm
+from minidsv.kernels.norm import PreNorm, pre_norm, rms_norm
 from minidsv.kernels.rope import apply_rope
 from minidsv.kernels.rope_quant import mla_rope_quantize_fp8
 from minidsv.kernels.set_mla_kv_buffer import set_mla_kv_buffer
@@ -55,14 +55,14 @@ class MLA:
 
     def __call__(
         self,
-        x: Tensor,
+        x: PreNorm,
         step: StepBatch,
         rope: tuple[Tensor, Tensor],
         topk_indices: Tensor | None,
         dense: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """x [T, hidden] -> (attention output [T, hidden], the slots attended to, for the shared
-        layers that follow).
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x [T, hidden] -> (attention output [T, hidden], the residual, the slots attended to, for
+        the shared layers that follow).
 
         topk_indices: the previous full layer's slots [T, K], used if this layer owns no indexer.
         dense: every visible slot [T, S] if no token sees more than index_topk keys; then nothing is
@@ -70,8 +70,9 @@ class MLA:
         """
         c, pdl, indexer = self.config, self.operators.pdl, self.indexer
         scorer = indexer if dense is None else None
+        normed, residual = pre_norm(x, pdl)
         qr, latent, index_k, gate = fused_a_gemm(
-            x,
+            normed,
             self.q_a_proj,
             self.kv_a_proj,
             indexer.wk if indexer else None,
@@ -90,10 +91,10 @@ class MLA:
         q_latent, q_pe = self._absorb_and_write(q, latent, step, rope)
         scale = c.attention_scale
         latent = sparse_mla(
-            q_latent, q_pe, self.kv_buffer, topk_indices, scale, out_dtype=x.dtype, pdl=pdl
+            q_latent, q_pe, self.kv_buffer, topk_indices, scale, out_dtype=q.dtype, pdl=pdl
         )
         out = absorb_v(latent, self.w_uv, pdl)
-        return fused_linear(out, [self.o_proj], pdl)[0], topk_indices
+        return fused_linear(out, [self.o_proj], pdl)[0], residual, topk_indices
 
     def _absorb_and_write(
         self, q: Tensor, latent: Tensor, step: StepBatch, rope: tuple[Tensor, Tensor]

@@ -8,7 +8,7 @@ from minidsv.checkpoint import Weight
 from minidsv.config import ModelConfig
 from minidsv.kernels.embedding import embedding
 from minidsv.kernels.gemm import linear
-from minidsv.kernels.norm import add_rms_norm, rms_norm
+from minidsv.kernels.norm import PreNorm, pre_norm
 from minidsv.kernels.topk import all_slots
 from minidsv.kv_cache import KVCache
 from minidsv.layers import MLP, LayerWeights, Operators
@@ -79,15 +79,12 @@ class DeepseekV32:
         residual = embedding(step.input_ids, self.embed_tokens, pdl)
         out: Tensor | None = None
         for layer in self.layers:
-            if out is None:
-                x = rms_norm(residual, layer.input_gain, eps, pdl)
-            else:
-                x, residual = add_rms_norm(out, residual, layer.input_gain, eps, pdl)
-            out, topk_indices = layer.attention(x, step, rope, topk_indices, dense)
-            x, residual = add_rms_norm(out, residual, layer.post_attention_gain, eps, pdl)
-            out = layer.mlp(x)
+            x = PreNorm(out, residual, layer.input_gain, eps)
+            out, residual, topk_indices = layer.attention(x, step, rope, topk_indices, dense)
+            out, residual = layer.mlp(PreNorm(out, residual, layer.post_attention_gain, eps))
         assert out is not None, "num_hidden_layers is at least 1"
         rows = step.logits_index
-        out, residual = embedding(rows, out, pdl), embedding(rows, residual, pdl)
-        hidden, _ = add_rms_norm(out, residual, self.norm, eps, pdl)
+        if rows is not None:
+            out, residual = embedding(rows, out, pdl), embedding(rows, residual, pdl)
+        hidden, _ = pre_norm(PreNorm(out, residual, self.norm, eps), pdl)
         return hidden, linear(hidden, self.lm_head, out_dtype=torch.float32, pdl=pdl)

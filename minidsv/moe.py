@@ -4,6 +4,7 @@ from torch import Tensor
 
 from minidsv.config import ModelConfig
 from minidsv.kernels.moe import moe_experts
+from minidsv.kernels.norm import PreNorm, pre_norm
 from minidsv.kernels.pdl import PdlMode
 from minidsv.kernels.router import grouped_topk, router_gemm
 from minidsv.layers import LayerWeights
@@ -20,11 +21,12 @@ class MoE:
         self.down = weights["mlp.experts.down_proj"]
         self.shared = weights.mlp("mlp.shared_experts", pdl)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [T, hidden] -> [T, hidden]."""
+    def __call__(self, x: PreNorm) -> tuple[Tensor, Tensor]:
+        """x [T, hidden] -> (the mixture [T, hidden], the residual)."""
         c = self.config
+        normed, residual = pre_norm(x, self.pdl)
         weights, ids = grouped_topk(
-            router_gemm(x, self.gate, pdl=self.pdl),
+            router_gemm(normed, self.gate, pdl=self.pdl),
             self.gate_bias,
             top_k=c.num_experts_per_tok,
             n_group=c.n_group,
@@ -33,8 +35,8 @@ class MoE:
             routed_scaling_factor=c.routed_scaling_factor,
             pdl=self.pdl,
         )
-        return moe_experts(
-            x,
+        out = moe_experts(
+            normed,
             weights,
             ids,
             self.gate_up.data,
@@ -47,3 +49,4 @@ class MoE:
             self.shared.down.scale,
             pdl=self.pdl,
         )
+        return out, residual
