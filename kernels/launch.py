@@ -6,7 +6,7 @@ the same options. In the kernel, `pdl_begin` stands in straight-line code before
 to anything that changes during a replay, `pdl_end` after the last.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -98,8 +98,8 @@ class KernelSpec:
         if 0 not in grid:
             options = self.compile_options(num_warps, num_stages, mode)
             compiled = self.kernel[grid](**args, PDL=mode, **options)
-            if (record := _RECORD.get()) is not None:
-                record[compiled.hash] = Launch(self, mode, compiled)
+            if (observe := _OBSERVER.get()) is not None:
+                observe(Launch(self, mode, compiled), args)
 
 
 class Launch(NamedTuple):
@@ -110,15 +110,23 @@ class Launch(NamedTuple):
     compiled: Any  # triton's CompiledKernel
 
 
-_RECORD: ContextVar[dict[str, Launch] | None] = ContextVar("_RECORD", default=None)
+Observer = Callable[[Launch, dict[str, Any]], None]  # gets the arguments too
+_OBSERVER: ContextVar[Observer | None] = ContextVar("_OBSERVER", default=None)
+
+
+@contextmanager
+def observed_launches(observe: Observer) -> Iterator[None]:
+    """Show `observe`, and none before it, every launch of this thread meanwhile."""
+    token = _OBSERVER.set(observe)
+    try:
+        yield
+    finally:
+        _OBSERVER.reset(token)
 
 
 @contextmanager
 def recorded_launches() -> Iterator[dict[str, Launch]]:
     """Every binary that this thread starts meanwhile, once each, by Triton's hash."""
     record: dict[str, Launch] = {}
-    token = _RECORD.set(record)
-    try:
+    with observed_launches(lambda launch, _: record.setdefault(launch.compiled.hash, launch)):
         yield record
-    finally:
-        _RECORD.reset(token)

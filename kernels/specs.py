@@ -3,6 +3,7 @@
 from minidsv.kernels import (
     absorb_triton,
     argmax_triton,
+    bandwidth_triton,
     embedding_triton,
     gemm_triton,
     gemv_triton,
@@ -25,6 +26,7 @@ from minidsv.kernels.launch import KernelSpec
 FAMILIES = (
     absorb_triton,
     argmax_triton,
+    bandwidth_triton,
     embedding_triton,
     gemm_triton,
     gemv_triton,

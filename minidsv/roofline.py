@@ -2,8 +2,8 @@
 takes for it.
 
 A step of `batch` requests at `context` tokens reads every weight that it uses once (of the routed
-experts the expected number of distinct ones, under uniform routing), min(context, index_topk)
-latent rows and, beyond index_topk, all `context` indexer keys of each request. Activations and
+experts the distinct ones: as counted, or as expected under uniform routing), min(context,
+index_topk) latent rows and, beyond index_topk, all `context` indexer keys of each request. Activations and
 logits are left out (well under 1 % at these batches).
 """
 
@@ -57,11 +57,18 @@ def decode_cost(
     fp8_weights: bool,
     kv_cache_dtype: str,
     index_cache_dtype: str,
+    experts: float | None = None,
 ) -> list[Cost]:
-    """Costs of one decode step by part; contexts count the token being decoded."""
+    """Costs of one decode step by part; contexts count the token being decoded.
+
+    experts: distinct routed experts that the step uses in a layer, the layers' mean; None: as
+    many as uniform routing is expected to use.
+    """
+    if experts is None:
+        experts = distinct_experts(config, batch)
     parts: dict[str, list[float]] = {}
     for name, spec in tensor_table(config).items():
-        part, used, per_token = _use(config, name, batch)
+        part, used, per_token = _use(config, name, batch, experts)
         total = parts.setdefault(part, [0.0, 0.0])
         total[0] += spec_bytes(spec, fp8_weights) * used
         total[1] += 2.0 * math.prod(spec.shape) * per_token * batch
@@ -85,14 +92,16 @@ def decode_cost(
     return [Cost(part, *cost) for part, cost in parts.items()]
 
 
-def _use(config: ModelConfig, name: str, batch: int) -> tuple[str, float, float]:
+def _use(
+    config: ModelConfig, name: str, batch: int, experts: float
+) -> tuple[str, float, float]:
     """(part, share of the tensor's bytes read, share of its elements that a token uses)."""
     if name == "model.embed_tokens.weight":
         return "embedding", batch / config.vocab_size, 0.0
     if name == "lm_head.weight":
         return "lm_head", 1.0, 1.0
     if ".experts." in name:
-        read = distinct_experts(config, batch) / config.n_routed_experts
+        read = experts / config.n_routed_experts
         return "routed experts", read, config.num_experts_per_tok / config.n_routed_experts
     if ".indexer." in name:
         return "indexer", 1.0, 1.0
@@ -112,3 +121,8 @@ def spec_bytes(spec: TensorSpec, fp8: bool) -> int:
 def step_seconds(costs: list[Cost], gpu: Gpu) -> float:
     """The roofline: the longer of bytes over bandwidth and FLOPs over peak."""
     return max(sum(c.bytes for c in costs) / gpu.bandwidth, sum(c.flops for c in costs) / gpu.flops)
+
+
+def memory_seconds(costs: list[Cost], bandwidth: float) -> float:
+    """The floor of a step that only memory holds up; bandwidth in bytes/s."""
+    return sum(c.bytes for c in costs) / bandwidth

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from compare import assert_close
 from minidsv.kernels.argmax import argmax, argmax_ref
+from minidsv.kernels.bandwidth import PIECE, sum_pieces, sum_pieces_ref
 from minidsv.kernels.embedding import embedding, embedding_ref
 from minidsv.kernels.norm import (
     add_rms_norm,
@@ -203,3 +204,9 @@ def test_argmax(rows: int, vocab: int) -> None:
         logits[0, -1] = -NAN
         logits[1, vocab // 2 :] = NAN
         assert in_all_modes(argmax, logits)[0][:2].tolist() == [vocab - 1, vocab // 2]
+
+
+@pytest.mark.parametrize("pieces", [0, 1, 3])
+def test_sum_pieces(pieces: int) -> None:
+    words = torch.randint(-(2**31), 2**31 - 1, (pieces * PIECE,), dtype=torch.int32, device=DEVICE)
+    assert_same(in_all_modes(sum_pieces, words)[0], sum_pieces_ref(words))
