@@ -110,7 +110,7 @@ class Launch(NamedTuple):
     compiled: Any  # triton's CompiledKernel
 
 
-Observer = Callable[[Launch, dict[str, Any]], None]  # gets the arguments too
+Observer = Callable[[Launch, dict[str, Any]], object]  # gets the arguments too
 _OBSERVER: ContextVar[Observer | None] = ContextVar("_OBSERVER", default=None)
 
 

@@ -53,9 +53,7 @@ class GraphReport:
 def analyse(nodes: Sequence[Node], edges: Sequence[Edge], ours: Collection[str]) -> GraphReport:
     """`ours`: the names of kernels that have a spec."""
     kernels = Counter(node.name for node in nodes if node.kind == "kernel")
-    full = Counter(
-        reason(nodes, edges, edge, ours) for edge in edges if not edge.is_programmatic
-    )
+    full = Counter(reason(nodes, edges, edge, ours) for edge in edges if not edge.is_programmatic)
     one_way = max(Counter(edge.source for edge in edges).values(), default=0) <= 1
     return GraphReport(
         nodes=len(nodes),
@@ -69,9 +67,7 @@ def analyse(nodes: Sequence[Node], edges: Sequence[Edge], ours: Collection[str])
     )
 
 
-def reason(
-    nodes: Sequence[Node], edges: Sequence[Edge], edge: Edge, ours: Collection[str]
-) -> str:
+def reason(nodes: Sequence[Node], edges: Sequence[Edge], edge: Edge, ours: Collection[str]) -> str:
     """Why `edge` is not programmatic, and between what it is."""
     source, target = nodes[edge.source], nodes[edge.target]
     where = f"{_label(source)} -> {_label(target)}"

@@ -7,6 +7,7 @@ from minidsv.engine_config import EngineConfig
 from minidsv.errors import ConfigError
 
 VARIANTS = ("eager", "graph", "graph+seed", "graph+pdl", "graph+prefetch")
+REPLAYS = 200
 SUBJECTS = ("graph", "profile", "wall")  # switches; without one, the table of variants
 # What an option means to one subject only, or to some; the table's are the rest.
 _FOR = {
@@ -36,13 +37,13 @@ class BenchOptions:
     batch: str = _option("1,8,64", "requests in a decode step, comma-separated")
     context: str = _option("4096,65536", "tokens that the first decoded token sees itself among")
     variants: str | None = _option(None, f"of {', '.join(VARIANTS)}; default: all that run here")
-    replays: int | None = _option(None, "timed steps of each measurement (default: 200)")
+    replays: int | None = _option(None, f"timed steps of each measurement (default: {REPLAYS})")
     layers: str | None = _option(None, "two layer counts, whose difference prices a layer")
     graph: bool = _option(False, "capture, and report the nodes, edges and proofs of the graph")
     profile: bool = _option(False, "time and bytes of each kernel of a step")
     wall: bool = _option(False, "prefill and decode of the whole engine, by the host's clock")
     plot: str | None = _option(None, "with --profile: write the stacked bars there")
-    json: str | None = _option(None, "also append the JSON line to this file")
+    json: str | None = _option(None, "also write the JSON there")
 
     def __post_init__(self) -> None:
         chosen = [name for name in SUBJECTS if getattr(self, name)]
@@ -59,6 +60,10 @@ class BenchOptions:
     def subject(self) -> str:
         """ "table", "graph", "profile" or "wall"."""
         return next((name for name in SUBJECTS if getattr(self, name)), "table")
+
+    @property
+    def timed_steps(self) -> int:
+        return self.replays or REPLAYS
 
     @property
     def batches(self) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from minidsv import __version__
+from minidsv.bench_options import BenchOptions
 from minidsv.engine_config import EngineConfig
 from minidsv.errors import MinidsvError, RequestError
 from minidsv.request import SamplingParams
@@ -70,6 +71,7 @@ def _parameter(option: "Field[Any]") -> inspect.Parameter:
 
 engine_options = options_of(EngineConfig, "engine")
 server_options = options_of(ServerOptions, "server")
+bench_options = options_of(BenchOptions, "bench")
 
 
 @app.command()
@@ -153,6 +155,17 @@ def serve(*, engine: dict[str, Any], server: dict[str, Any]) -> None:
         return loaded
 
     raise typer.Exit(serve_until_signal(load, options))
+
+
+@app.command("bench")
+@engine_options
+@bench_options
+def bench_command(*, engine: dict[str, Any], bench: dict[str, Any]) -> None:
+    """Time decode steps against the memory's floor, with and without graph and PDL."""
+    config, options = EngineConfig(**engine), BenchOptions(**bench)
+    from minidsv.bench import run
+
+    raise typer.Exit(run(config, options))
 
 
 @app.command("inspect")

@@ -92,9 +92,7 @@ def decode_cost(
     return [Cost(part, *cost) for part, cost in parts.items()]
 
 
-def _use(
-    config: ModelConfig, name: str, batch: int, experts: float
-) -> tuple[str, float, float]:
+def _use(config: ModelConfig, name: str, batch: int, experts: float) -> tuple[str, float, float]:
     """(part, share of the tensor's bytes read, share of its elements that a token uses)."""
     if name == "model.embed_tokens.weight":
         return "embedding", batch / config.vocab_size, 0.0

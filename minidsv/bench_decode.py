@@ -1,0 +1,129 @@
+"""Decoding for time: a variant's steps, each feeding back its argmax, and which experts they use.
+
+The position advances as in a generation, so that contexts, slots and routing are a request's; over
+`replays` steps the context grows by as many tokens. What advances the requests runs between the
+timed steps, on the device.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from minidsv.batch import StepBatch
+from minidsv.bench_rig import WARMUP, Rig, place_rows
+from minidsv.bench_timing import times_us
+from minidsv.kernels.argmax import argmax
+from minidsv.kernels.norm import PreNorm, pre_norm
+from minidsv.kernels.router import grouped_topk, router_gemm
+from minidsv.model import DeepseekV32
+from minidsv.moe import MoE
+
+ROUTED_STEPS = 8  # steps over which distinct experts are counted
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """The timed steps of one variant."""
+
+    us: list[float]  # of each step behind the warm-up
+    tokens: Tensor  # int64 [steps, batch] on the host, the warm-up's too
+
+
+def decode(stepper: "Stepper", batch: int, steps: int) -> Decoded:
+    """Decode `steps` tokens of each of `batch` requests, the step's first rows."""
+    step, device = stepper.step, stepper.step.input_ids.device
+    tokens = torch.empty(steps, batch, dtype=torch.int64, device=device)
+    count, ids = 0, tokens[0]
+
+    def compute() -> None:
+        nonlocal ids
+        ids = stepper.run()
+
+    def feed_back() -> None:
+        nonlocal count
+        tokens[count] = ids[:batch]
+        advance(step, tokens[count])
+        count += 1
+
+    us = times_us(compute, feed_back, steps, device)
+    return Decoded(us[WARMUP:], tokens.cpu())
+
+
+def advance(step: StepBatch, ids: Tensor) -> None:
+    """Make `step`, in place, the one after it: `ids` [n] for its first n rows."""
+    rows = slice(len(ids))
+    step.input_ids[rows] = ids
+    step.positions[rows] += 1
+    step.seq_lens[rows] += 1
+    place_rows(step)
+
+
+class Stepper(NamedTuple):
+    """A variant at a batch and context: what computes its step, and the step to feed back into."""
+
+    run: Callable[[], Tensor]  # returns the argmax ids of all rows, padding too
+    step: StepBatch
+
+
+def stepper(rig: Rig, variant: str, layers: int, batch: int, context: int) -> Stepper:
+    """At the first step, which is the same for every variant."""
+    model, step = rig.build_model(variant, layers), rig.first_step(batch, context)
+    return Stepper(lambda: eager(model, step), step)
+
+
+def eager(model: DeepseekV32, step: StepBatch) -> Tensor:
+    """The step's argmax ids, operator by operator."""
+    return argmax(model.forward(step)[1], model.pdl)
+
+
+def first_difference(want: Tensor, got: Tensor) -> str | None:
+    """Where two runs' tokens [steps, batch] part, in words."""
+    places = (want != got).nonzero()
+    if not len(places):
+        return None
+    step, request = places[0].tolist()
+    tokens = int(want[step, request]), int(got[step, request])
+    return f"step {step}, request {request}: {tokens[0]} and {tokens[1]}"
+
+
+class CountedMoE(MoE):
+    """A layer's experts that also count, in `distinct`, how many of them the requests choose."""
+
+    def __init__(self, moe: MoE, batch: int, distinct: list[int]):
+        vars(self).update(vars(moe))
+        self.batch, self.distinct = batch, distinct
+
+    def __call__(self, x: PreNorm) -> tuple[Tensor, Tensor]:
+        c = self.config
+        normed, _ = pre_norm(x, self.pdl)
+        _, ids = grouped_topk(
+            router_gemm(normed, self.gate, pdl=self.pdl),
+            self.gate_bias,
+            top_k=c.num_experts_per_tok,
+            n_group=c.n_group,
+            topk_group=c.topk_group,
+            norm_topk_prob=c.norm_topk_prob,
+            routed_scaling_factor=c.routed_scaling_factor,
+            pdl=self.pdl,
+        )
+        self.distinct.append(len(ids[: self.batch].unique()))
+        return super().__call__(x)
+
+
+def distinct_experts(
+    model: DeepseekV32, step: StepBatch, batch: int, steps: int = ROUTED_STEPS
+) -> float | None:
+    """Experts that a step uses in a layer with experts: the mean over `steps` steps and the layers.
+
+    `model` is used up: its layers keep noting. None: no layer has experts.
+    """
+    distinct: list[int] = []
+    for layer in model.layers:
+        if isinstance(layer.mlp, MoE):
+            layer.mlp = CountedMoE(layer.mlp, batch, distinct)
+    for _ in range(steps):
+        advance(step, eager(model, step)[:batch])
+    return sum(distinct) / len(distinct) if distinct else None

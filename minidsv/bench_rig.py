@@ -1,0 +1,229 @@
+"""What all measurements of a run share: one set of weights, one cache, the pages of each request.
+
+The cache is filled without a prompt: every slot of the pool gets rows of N(0, 1) latents and keys,
+distinct in every layer, through the operators that write rows. That is what prompts of random
+weights leave there (latents are normalised, matrices are N(0, 1/fan_in)), it takes seconds where
+prefilling 64 requests of 65,536 tokens takes minutes, and the time of a decode step depends on how
+many rows it reads, not on what they say. `minidsv bench --wall` computes real prompts.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minidsv.backend import device_name, pdl_mode
+from minidsv.batch import StepBatch
+from minidsv.bench_options import VARIANTS, BenchOptions
+from minidsv.block_manager import pages_for
+from minidsv.checkpoint import Weight, fill, load_checkpoint
+from minidsv.config import ModelConfig
+from minidsv.engine_config import EngineConfig, model_path
+from minidsv.errors import ConfigError
+from minidsv.kernels.constants import PAGE_SIZE
+from minidsv.kernels.index_cache import set_index_k_buffer
+from minidsv.kernels.pdl import PdlMode, is_arch_support_pdl
+from minidsv.kernels.set_mla_kv_buffer import set_mla_kv_buffer, set_mla_kv_buffer_fp8_quant
+from minidsv.kv_cache import KVCache, bytes_per_token
+from minidsv.layers import Operators
+from minidsv.model import DeepseekV32
+from minidsv.random_weights import random_tensors
+from minidsv.resolve import resolve
+
+WARMUP = 8  # steps before those that are timed
+FILL_PAGES = 128  # pages that are filled at a time
+MODES: dict[str, PdlMode] = {
+    "eager": "off",
+    "graph": "off",
+    "graph+seed": "seed",
+    "graph+pdl": "on",
+    "graph+prefetch": "prefetch",
+}
+
+
+@dataclass
+class Rig:
+    """Models, in every variant and of any number of layers, and their requests."""
+
+    config: EngineConfig  # resolved
+    model: ModelConfig
+    weights: dict[str, Weight]
+    cache: KVCache
+    pages: Tensor  # int64, all pages of the pool but the dummy, in the order of their use
+    steps: int  # that a measurement decodes
+
+    @classmethod
+    def build(cls, config: EngineConfig, options: BenchOptions) -> "Rig":
+        """Load, allocate, fill. Raises ConfigError, CheckpointError."""
+        model = ModelConfig.from_path(model_path(config))
+        config = resolve(config, model)
+        steps, device = WARMUP + options.timed_steps, torch.device(config.device)
+        _check_lengths(config, options, steps)
+        weights = _load(config, model)
+        needed = [b * pages_for(c + steps) for b in options.batches for c in options.contexts]
+        cache = _allocate(config, model, max(needed) + 1)
+        generator = torch.Generator(device).manual_seed(config.seed)
+        fill_cache(model, cache, generator)
+        pages = torch.randperm(max(needed), generator=generator, device=device)
+        return cls(config, model, weights, cache, pages, steps)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.config.device)
+
+    def describe(self) -> str:
+        """One line: what model, in which types."""
+        config, weights = self.config, "FP8" if self.fp8_weights else self.config.dtype
+        return (
+            f"{model_name(config)} on {config.device}: {weights} weights, latent cache "
+            f"{config.kv_cache_dtype}, indexer cache {config.index_cache_dtype}, max_model_len "
+            f"{config.max_model_len}"
+        )
+
+    def setting(self) -> dict[str, Any]:
+        """What the numbers of a run hold for, for the JSON."""
+        names = ("dtype", "kv_cache_dtype", "index_cache_dtype", "backend", "max_model_len")
+        return {
+            "model": model_name(self.config),
+            "fp8_weights": self.fp8_weights,
+            **{name: getattr(self.config, name) for name in names},
+            "replays": self.steps - WARMUP,
+        }
+
+    @property
+    def dummy_page(self) -> int:
+        return len(self.pages)
+
+    @property
+    def fp8_weights(self) -> bool:
+        return any(weight.scale is not None for weight in self.weights.values())
+
+    def truncated(self, layers: int) -> ModelConfig:
+        """The model's first `layers` layers."""
+        return replace(
+            self.model,
+            num_hidden_layers=layers,
+            first_k_dense_replace=min(self.model.first_k_dense_replace, layers),
+            indexer_types=self.model.indexer_types[:layers],
+        )
+
+    def build_model(self, variant: str, layers: int) -> DeepseekV32:
+        """A model over the shared weights and cache."""
+        pdl = None if pdl_mode(self.config) is None else MODES[variant]
+        operators = Operators(
+            pdl, "flashinfer" if self.config.backend == "flashinfer" else "triton"
+        )
+        return DeepseekV32(self.truncated(layers), self.weights, self.cache, operators)
+
+    def bound(self, context: int) -> int:
+        """The largest context of the path that a whole measurement takes."""
+        most, topk = self.config.max_model_len, self.model.index_topk
+        assert most is not None
+        return topk if context + self.steps <= topk else most
+
+    def first_step(self, batch: int, context: int) -> StepBatch:
+        """Each request decodes its first token as the context's last; tokens are random."""
+        generator = torch.Generator().manual_seed(self.config.seed + batch)
+        ids = torch.randint(self.model.vocab_size, (batch,), generator=generator)
+        width = pages_for(context + self.steps)
+        positions = torch.full((batch,), context - 1, device=self.device)
+        table = torch.full((batch, pages_for(self.bound(context))), 0, device=self.device)
+        table[:, :width] = self.pages[: batch * width].view(batch, width)[:, : table.shape[1]]
+        rows = torch.arange(batch, device=self.device)
+        step = StepBatch(
+            input_ids=ids.to(self.device),
+            positions=positions,
+            slot_mapping=torch.empty_like(positions),
+            seq_lens=positions + 1,
+            request_index=rows,
+            block_table=table,
+            logits_index=None,
+            max_seq_len=self.bound(context),
+        )
+        place_rows(step)
+        return step
+
+
+def model_name(config: EngineConfig) -> str:
+    """The model as it was given; the bundled one's folder."""
+    return "configs/tiny" if config.model is None else config.model
+
+
+def place_rows(step: StepBatch) -> None:
+    """Make slot_mapping, in place, that of the rows' positions."""
+    pages = step.block_table[step.request_index]
+    page = pages.gather(1, (step.positions // PAGE_SIZE).unsqueeze(1)).squeeze(1)
+    step.slot_mapping.copy_(page * PAGE_SIZE + step.positions % PAGE_SIZE)
+
+
+def variants_here(config: EngineConfig, given: tuple[str, ...] | None) -> tuple[str, ...]:
+    """`given`, or all that a resolved config can run; raises ConfigError for one that cannot."""
+    capability = None
+    if config.device != "cpu":
+        capability = torch.cuda.get_device_capability(config.device)
+    missing = dict.fromkeys(VARIANTS)
+    for name in VARIANTS[1:]:
+        if config.backend == "torch":
+            missing[name] = f"our kernels on CUDA, and backend is 'torch' on {config.device}"
+        elif MODES[name] != "off" and not is_arch_support_pdl(capability):
+            missing[name] = f"capability 9.0, and {device_name(config.device, capability)}"
+    here = tuple(name for name, reason in missing.items() if reason is None)
+    for name in given or ():
+        if missing[name] is not None:
+            raise ConfigError(f"variants: {name!r} needs {missing[name]}; accepted here: {here}")
+    return given or here
+
+
+def _check_lengths(config: EngineConfig, options: BenchOptions, steps: int) -> None:
+    assert config.max_model_len is not None
+    longest = max(options.contexts) + steps
+    if longest > config.max_model_len:
+        raise ConfigError(
+            f"context: {max(options.contexts)} and the {steps} tokens decoded after it are more "
+            f"than max_model_len {config.max_model_len}"
+        )
+
+
+def _load(config: EngineConfig, model: ModelConfig) -> dict[str, Weight]:
+    device, dtype = torch.device(config.device), getattr(torch, config.dtype)
+    if config.load_format == "random":
+        tensors = random_tensors(model, seed=config.seed, fp8=model.fp8_weights, device=device)
+        return fill(tensors, device=device, dtype=dtype, quantization=config.quantization)
+    return load_checkpoint(
+        model_path(config), model, device=device, dtype=dtype, quantization=config.quantization
+    )
+
+
+def _allocate(config: EngineConfig, model: ModelConfig, pages: int) -> KVCache:
+    device = torch.device(config.device)
+    kv, index = config.kv_cache_dtype, config.index_cache_dtype
+    try:
+        return KVCache.allocate(model, pages, kv, index, device)
+    except RuntimeError:  # torch's allocators on CPU and CUDA
+        size = pages * PAGE_SIZE * bytes_per_token(model, kv, index)
+        raise ConfigError(
+            f"batch, context: the caches of the largest of them take {size / 1e9:.1f} GB, which do "
+            "not fit beside the weights; give smaller ones"
+        ) from None
+
+
+def fill_cache(model: ModelConfig, cache: KVCache, generator: torch.Generator) -> None:
+    """Write random rows and keys to every slot of every layer."""
+    c, r, dim = model.kv_lora_rank, model.qk_rope_head_dim, model.index_head_dim
+    slots, device = len(cache.latent[0]), cache.latent[0].device
+
+    def random(count: int, width: int) -> Tensor:
+        return torch.randn(count, width, generator=generator, device=device)
+
+    for start in range(0, slots, FILL_PAGES * PAGE_SIZE):
+        loc = torch.arange(start, min(start + FILL_PAGES * PAGE_SIZE, slots), device=device)
+        for latent, index in zip(cache.latent, cache.index, strict=True):
+            write = (
+                set_mla_kv_buffer
+                if latent.dtype in (torch.float32, torch.bfloat16)
+                else set_mla_kv_buffer_fp8_quant
+            )
+            write(latent, loc, random(len(loc), c), random(len(loc), r))
+            if index is not None:
+                set_index_k_buffer(index, loc, random(len(loc), dim))
