@@ -12,9 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minidsv.batch import StepBatch
+from minidsv.batch import StepBatch, StepBuffers
 from minidsv.bench_rig import WARMUP, Rig, place_rows
 from minidsv.bench_timing import times_us
+from minidsv.block_manager import pages_for
+from minidsv.graph import DecodeGraphs
 from minidsv.kernels.argmax import argmax
 from minidsv.kernels.norm import PreNorm, pre_norm
 from minidsv.kernels.router import grouped_topk, router_gemm
@@ -22,6 +24,13 @@ from minidsv.model import DeepseekV32
 from minidsv.moe import MoE
 
 ROUTED_STEPS = 8  # steps over which distinct experts are counted
+
+
+class Stepper(NamedTuple):
+    """A variant at a batch and context: what computes its step, and the step to feed back into."""
+
+    run: Callable[[], Tensor]  # returns the argmax ids of all rows, padding too
+    step: StepBatch
 
 
 @dataclass(frozen=True)
@@ -32,7 +41,7 @@ class Decoded:
     tokens: Tensor  # int64 [steps, batch] on the host, the warm-up's too
 
 
-def decode(stepper: "Stepper", batch: int, steps: int) -> Decoded:
+def decode(stepper: Stepper, batch: int, steps: int) -> Decoded:
     """Decode `steps` tokens of each of `batch` requests, the step's first rows."""
     step, device = stepper.step, stepper.step.input_ids.device
     tokens = torch.empty(steps, batch, dtype=torch.int64, device=device)
@@ -61,17 +70,34 @@ def advance(step: StepBatch, ids: Tensor) -> None:
     place_rows(step)
 
 
-class Stepper(NamedTuple):
-    """A variant at a batch and context: what computes its step, and the step to feed back into."""
-
-    run: Callable[[], Tensor]  # returns the argmax ids of all rows, padding too
-    step: StepBatch
-
-
 def stepper(rig: Rig, variant: str, layers: int, batch: int, context: int) -> Stepper:
     """At the first step, which is the same for every variant."""
     model, step = rig.build_model(variant, layers), rig.first_step(batch, context)
-    return Stepper(lambda: eager(model, step), step)
+    if variant == "eager":
+        return Stepper(lambda: eager(model, step), step)
+    graphs = capture(rig, model, batch, context)
+    ids, _ = graphs.replay(step)  # which is where every replay leaves them
+    graphs.buffers.fill(step, batch)
+    ((key, graph),) = graphs.graphs.items()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return ids
+
+    return Stepper(replay, graphs.buffers.batch(batch, key.max_seq_len))
+
+
+def capture(
+    rig: Rig, model: DeepseekV32, batch: int, context: int, keep_graph: bool = False
+) -> DecodeGraphs:
+    """The engine's graph of one size and path."""
+    assert rig.config.max_model_len is not None
+    pages = pages_for(rig.config.max_model_len)
+    buffers = StepBuffers(batch, pages, rig.dummy_page, rig.device)
+    graphs = DecodeGraphs(model, buffers, (rig.bound(context),), batch, keep_graph)
+    graphs.buckets = (batch,)
+    graphs.capture()
+    return graphs
 
 
 def eager(model: DeepseekV32, step: StepBatch) -> Tensor:

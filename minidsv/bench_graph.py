@@ -1,115 +1,100 @@
-"""What a captured decode step is made of: nodes by kernel, edges, and why an edge is full.
+"""`minidsv bench --graph`: captures a decode step, takes the graph apart, proves its binaries.
 
-Pure functions over what `minidsv/bench_graph_cuda.py` reads. An edge is programmatic if it has that
-type and leaves the programmatic port of its kernel, the trigger (CUDA driver API, CUgraphEdgeData):
-then its target may start before its source has ended.
+The launches of a layer are counted by capturing a model that has it once and one that has it twice.
 """
 
-import re
-from collections import Counter
+import os
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import asdict, replace
+from typing import Any
 
-PROGRAMMATIC_TYPE, PROGRAMMATIC_PORT = 1, 1
-
-
-class Node(NamedTuple):
-    kind: str  # "kernel", "memcpy", "memset", ...
-    name: str = ""  # of a kernel's function
-
-
-class Edge(NamedTuple):
-    """From one node to another, by their places in the list of nodes."""
-
-    source: int
-    target: int
-    type: int
-    from_port: int
-
-    @property
-    def is_programmatic(self) -> bool:
-        return (self.type, self.from_port) == (PROGRAMMATIC_TYPE, PROGRAMMATIC_PORT)
+from minidsv.bench import Result
+from minidsv.bench_decode import capture
+from minidsv.bench_driver import cuda_driver, read_graph
+from minidsv.bench_nodes import GraphReport, analyse, launches_of_a_layer, lines
+from minidsv.bench_options import BenchOptions
+from minidsv.bench_rig import Rig
+from minidsv.config import ModelConfig
+from minidsv.engine_config import EngineConfig
+from minidsv.kv_cache import KVCache
+from minidsv.model import DeepseekV32
 
 
-@dataclass(frozen=True)
-class GraphReport:
-    """A graph in numbers. Counts are of nodes, except `full_edges`'."""
+def run(config: EngineConfig, options: BenchOptions) -> Result:
+    """Report the graph of every batch and context; not sound if a binary broke the contract."""
+    rig = Rig.build(config, options)
+    driver = cuda_driver()
+    from minidsv.kernels.launch import recorded_launches
+    from minidsv.kernels.ran import check_ran, report_ran
+    from minidsv.kernels.specs import SPECS
 
-    nodes: int
-    ours: dict[str, int]  # kernels that the checker proves
-    external: dict[str, int]  # kernels that nobody proved
-    others: dict[str, int]  # nodes that are no kernels, by kind
-    edges: int
-    programmatic: int
-    full_edges: dict[str, int]  # each reason, and how many edges have it
-    is_chain: bool  # one node after the other
+    print(f"{rig.describe()}; {rig.variants[0]}", flush=True)
+    ours = {spec.kernel.__name__ for spec in SPECS}
+    graphs = []
+    with recorded_launches() as launches:
+        for batch in options.batches:
+            for context in options.contexts:
+                graphs.append(report_graph(rig, batch, context, driver, ours))
+    ran = check_ran(launches.values(), os.cpu_count() or 1)
+    print(report_ran(ran), flush=True)
+    findings = {str(r.proof.case): r.findings for r in ran if r.findings}
+    data = {"variant": rig.variants[0], "graphs": graphs, "binaries": len(ran)}
+    return Result(rig.config.device, rig.setting() | data | {"findings": findings}, not findings)
 
-    @property
-    def kernels(self) -> int:
-        return self.nodes - sum(self.others.values())
 
+def report_graph(
+    rig: Rig, batch: int, context: int, driver: Any, ours: Collection[str]
+) -> dict[str, Any]:
+    """Print what the graph of a batch and context is made of; the same for the JSON."""
 
-def analyse(nodes: Sequence[Node], edges: Sequence[Edge], ours: Collection[str]) -> GraphReport:
-    """`ours`: the names of kernels that have a spec."""
-    kernels = Counter(node.name for node in nodes if node.kind == "kernel")
-    full = Counter(reason(nodes, edges, edge, ours) for edge in edges if not edge.is_programmatic)
-    one_way = max(Counter(edge.source for edge in edges).values(), default=0) <= 1
-    return GraphReport(
-        nodes=len(nodes),
-        ours={name: count for name, count in kernels.most_common() if name in ours},
-        external={name: count for name, count in kernels.most_common() if name not in ours},
-        others=dict(Counter(node.kind for node in nodes if node.kind != "kernel")),
-        edges=len(edges),
-        programmatic=sum(edge.is_programmatic for edge in edges),
-        full_edges=dict(full.most_common()),
-        is_chain=one_way and len(edges) == max(len(nodes) - 1, 0) and not _joins(edges),
+    def captured(layers: Sequence[int]) -> GraphReport:
+        graphs = capture(rig, stacked(rig, layers), batch, context, keep_graph=True)
+        (graph,) = graphs.graphs.values()
+        return analyse(*read_graph(graph, driver), ours)
+
+    report = captured(range(rig.model.num_hidden_layers))
+    launches = {
+        kind: launches_of_a_layer(captured([0, layer]), captured([0, layer, layer]))
+        for kind, layer in layer_kinds(rig.model).items()
+    }
+    bound = rig.bound(context)
+    scoring = "nothing is scored" if bound <= rig.model.index_topk else "scoring"
+    print(f"\nbatch {batch}, contexts up to {bound}: {scoring}")
+    print("\n".join(lines(report)))
+    print("launches of a layer: " + ", ".join(f"{n} {kind}" for kind, n in launches.items()))
+    return {"batch": batch, "context": context, "bound": bound, "launches_of_a_layer": launches} | (
+        asdict(report)
     )
 
 
-def reason(nodes: Sequence[Node], edges: Sequence[Edge], edge: Edge, ours: Collection[str]) -> str:
-    """Why `edge` is not programmatic, and between what it is."""
-    source, target = nodes[edge.source], nodes[edge.target]
-    where = f"{_label(source)} -> {_label(target)}"
-    if target.kind != "kernel":
-        return f"{where}: a {target.kind} node cannot start early"
-    if source.kind != "kernel":
-        return f"{where}: a {source.kind} node has no trigger"
-    if target.name not in ours:
-        return f"{where}: an external kernel, launched without the attribute"
-    if edge.type == PROGRAMMATIC_TYPE:
-        return f"{where}: leaves port {edge.from_port}, not the trigger"
-    if edge.target in _joins(edges):
-        return f"{where}: joins branches"
-    return f"{where}: launched without the attribute"
+def layer_kinds(model: ModelConfig) -> dict[str, int]:
+    """The first layer of each kind, by the kind's name."""
+    kinds: dict[str, int] = {}
+    for layer in range(model.num_hidden_layers):
+        shared = "" if model.has_indexer(layer) else " with a shared indexer"
+        kinds.setdefault(("MoE" if model.is_moe(layer) else "dense") + shared, layer)
+    return kinds
 
 
-def _joins(edges: Sequence[Edge]) -> set[int]:
-    """Nodes into which several edges lead."""
-    return {node for node, count in Counter(edge.target for edge in edges).items() if count > 1}
+def stacked(rig: Rig, layers: Sequence[int]) -> DeepseekV32:
+    """A model of these layers of the rig's, in this order; a layer may come twice.
 
-
-def _label(node: Node) -> str:
-    return node.name if node.kind == "kernel" else node.kind
-
-
-def short_name(name: str) -> str:
-    """A demangled C++ name without result, template arguments and parameters."""
-    plain = name.replace("(anonymous namespace)::", "")
-    return re.sub(r"^void |[<(].*", "", plain)
-
-
-def launches_of_a_layer(one: GraphReport, two: GraphReport) -> int:
-    """Kernels of a layer, from the graph of a model with it and of one with it twice."""
-    return two.kernels - one.kernels
-
-
-def lines(report: GraphReport) -> list[str]:
-    """What the command prints of a graph."""
-    other = ", ".join(f"{count} {kind}" for kind, count in report.others.items())
-    text = [f"{report.nodes} nodes: {report.kernels} kernels{other and ', ' + other}"]
-    text += [f"  {count:4} {name}" for name, count in report.ours.items()]
-    text += [f"  {count:4} {name}: external, unproved" for name, count in report.external.items()]
-    shape = "one chain" if report.is_chain else "no chain: there are forks, joins or islands"
-    text += [f"{report.edges} edges, {report.programmatic} programmatic; {shape}"]
-    return text + [f"  {count:4} full: {why}" for why, count in report.full_edges.items()]
+    Dense layers must come first, and the first one must own an indexer, as in any model.
+    """
+    model, cache = rig.model, rig.cache
+    config = replace(
+        model,
+        num_hidden_layers=len(layers),
+        first_k_dense_replace=sum(not model.is_moe(layer) for layer in layers),
+        indexer_types=tuple(model.indexer_types[layer] for layer in layers),
+    )
+    weights = {n: w for n, w in rig.weights.items() if not n.startswith("layers.")}
+    for place, layer in enumerate(layers):
+        prefix = f"layers.{layer}."
+        weights |= {
+            f"layers.{place}.{name.removeprefix(prefix)}": weight
+            for name, weight in rig.weights.items()
+            if name.startswith(prefix)
+        }
+    mine = KVCache([cache.latent[i] for i in layers], [cache.index[i] for i in layers])
+    return DeepseekV32(config, weights, mine, rig.operators(rig.variants[0]))

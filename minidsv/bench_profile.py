@@ -16,9 +16,9 @@ from torch.profiler import ProfilerActivity, profile
 from minidsv.bench import Result
 from minidsv.bench_bytes import LaunchBytes
 from minidsv.bench_decode import distinct_experts, eager, stepper
-from minidsv.bench_graph import short_name
+from minidsv.bench_nodes import short_name
 from minidsv.bench_options import BenchOptions
-from minidsv.bench_rig import WARMUP, Rig, variants_here
+from minidsv.bench_rig import WARMUP, Rig
 from minidsv.bench_timing import read_bandwidth
 from minidsv.engine_config import EngineConfig
 from minidsv.errors import ConfigError
@@ -69,23 +69,21 @@ def run(config: EngineConfig, options: BenchOptions) -> Result:
     if options.plot is not None and find_spec("matplotlib") is None:
         raise ConfigError("plot: needs the package matplotlib (pip install 'minidsv[bench]')")
     rig = Rig.build(config, options)
-    here = variants_here(rig.config, None)
-    variants = options.variant_names or (("graph",) if "graph" in here else ("eager",))
-    variants_here(rig.config, variants)
+    (variant,) = rig.variants
     bandwidth = read_bandwidth(rig.device)
     print(f"{rig.describe()}; memory read at {bandwidth / 1e9:,.0f} GB/s", flush=True)
     profiles: dict[str, list[KernelRow]] = {}
     for batch in options.batches:
         for context in options.contexts:
-            rows = profile_step(rig, variants[0], batch, context, bandwidth)
+            rows = profile_step(rig, variant, batch, context, bandwidth)
             profiles[f"batch {batch}, context {context}"] = rows
             total = sum(row.us for row in rows)
-            print(f"batch {batch}, context {context}, {variants[0]}: {total:,.1f} us of kernels")
+            print(f"batch {batch}, context {context}, {variant}: {total:,.1f} us of kernels")
             print("\n".join([HEADING, *map(line, rows)]), flush=True)
     if options.plot is not None:
         plot(profiles, options.plot)
     data = {name: [asdict(row) for row in rows] for name, rows in profiles.items()}
-    setting = rig.setting() | {"variant": variants[0], "bandwidth": bandwidth}
+    setting = rig.setting() | {"variant": variant, "bandwidth": bandwidth}
     return Result(rig.config.device, setting | {"profiles": data}, True)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minidsv.backend import device_name, pdl_mode
+from minidsv.backend import device_name
 from minidsv.batch import StepBatch
 from minidsv.bench_options import VARIANTS, BenchOptions
 from minidsv.block_manager import pages_for
@@ -21,6 +21,7 @@ from minidsv.checkpoint import Weight, fill, load_checkpoint
 from minidsv.config import ModelConfig
 from minidsv.engine_config import EngineConfig, model_path
 from minidsv.errors import ConfigError
+from minidsv.graph import context_bounds
 from minidsv.kernels.constants import PAGE_SIZE
 from minidsv.kernels.index_cache import set_index_k_buffer
 from minidsv.kernels.pdl import PdlMode, is_arch_support_pdl
@@ -52,6 +53,7 @@ class Rig:
     cache: KVCache
     pages: Tensor  # int64, all pages of the pool but the dummy, in the order of their use
     steps: int  # that a measurement decodes
+    variants: tuple[str, ...]  # to measure
 
     @classmethod
     def build(cls, config: EngineConfig, options: BenchOptions) -> "Rig":
@@ -60,13 +62,14 @@ class Rig:
         config = resolve(config, model)
         steps, device = WARMUP + options.timed_steps, torch.device(config.device)
         _check_lengths(config, options, steps)
+        variants = settle_variants(config, options)
         weights = _load(config, model)
         needed = [b * pages_for(c + steps) for b in options.batches for c in options.contexts]
         cache = _allocate(config, model, max(needed) + 1)
         generator = torch.Generator(device).manual_seed(config.seed)
         fill_cache(model, cache, generator)
         pages = torch.randperm(max(needed), generator=generator, device=device)
-        return cls(config, model, weights, cache, pages, steps)
+        return cls(config, model, weights, cache, pages, steps, variants)
 
     @property
     def device(self) -> torch.device:
@@ -110,17 +113,20 @@ class Rig:
 
     def build_model(self, variant: str, layers: int) -> DeepseekV32:
         """A model over the shared weights and cache."""
-        pdl = None if pdl_mode(self.config) is None else MODES[variant]
-        operators = Operators(
-            pdl, "flashinfer" if self.config.backend == "flashinfer" else "triton"
-        )
+        operators = self.operators(variant)
         return DeepseekV32(self.truncated(layers), self.weights, self.cache, operators)
 
+    def operators(self, variant: str) -> Operators:
+        if self.config.backend == "torch":
+            return Operators()
+        flashinfer = self.config.backend == "flashinfer"
+        return Operators(MODES[variant], "flashinfer" if flashinfer else "triton")
+
     def bound(self, context: int) -> int:
-        """The largest context of the path that a whole measurement takes."""
-        most, topk = self.config.max_model_len, self.model.index_topk
-        assert most is not None
-        return topk if context + self.steps <= topk else most
+        """The largest context of the engine's path that holds a whole measurement."""
+        assert self.config.max_model_len is not None
+        bounds = context_bounds(self.model.index_topk, self.config.max_model_len)
+        return next(bound for bound in bounds if bound >= context + self.steps)
 
     def first_step(self, batch: int, context: int) -> StepBatch:
         """Each request decodes its first token as the context's last; tokens are random."""
@@ -157,22 +163,35 @@ def place_rows(step: StepBatch) -> None:
     step.slot_mapping.copy_(page * PAGE_SIZE + step.positions % PAGE_SIZE)
 
 
-def variants_here(config: EngineConfig, given: tuple[str, ...] | None) -> tuple[str, ...]:
-    """`given`, or all that a resolved config can run; raises ConfigError for one that cannot."""
-    capability = None
-    if config.device != "cpu":
-        capability = torch.cuda.get_device_capability(config.device)
-    missing = dict.fromkeys(VARIANTS)
-    for name in VARIANTS[1:]:
-        if config.backend == "torch":
-            missing[name] = f"our kernels on CUDA, and backend is 'torch' on {config.device}"
-        elif MODES[name] != "off" and not is_arch_support_pdl(capability):
-            missing[name] = f"capability 9.0, and {device_name(config.device, capability)}"
+def settle_variants(config: EngineConfig, options: BenchOptions) -> tuple[str, ...]:
+    """Those asked for, or the subject's default, for a resolved config; raises ConfigError.
+
+    The table takes all that run here, a graph's report the engine's own mode, a profile none with
+    PDL, under which the times of kernels overlap.
+    """
+    missing = {name: _missing(config, name) for name in VARIANTS}
+    if options.subject == "graph":
+        missing["eager"] = "another subject than graph"
     here = tuple(name for name, reason in missing.items() if reason is None)
-    for name in given or ():
+    for name in options.variant_names or ():
         if missing[name] is not None:
             raise ConfigError(f"variants: {name!r} needs {missing[name]}; accepted here: {here}")
-    return given or here
+    if not here:
+        raise ConfigError(f"graph: needs {missing['graph']}")
+    default = {"graph": here[-1:], "profile": here[:2][-1:]}
+    return options.variant_names or default.get(options.subject, here)
+
+
+def _missing(config: EngineConfig, variant: str) -> str | None:
+    """What a variant lacks here."""
+    if variant == "eager":
+        return None
+    if config.backend == "torch":
+        return f"our kernels on CUDA, and backend is 'torch' on {config.device}"
+    capability = torch.cuda.get_device_capability(config.device)
+    if MODES[variant] == "off" or is_arch_support_pdl(capability):
+        return None
+    return f"capability 9.0, and {device_name(config.device, capability)}"
 
 
 def _check_lengths(config: EngineConfig, options: BenchOptions, steps: int) -> None:

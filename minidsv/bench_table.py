@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from minidsv.bench import Result
 from minidsv.bench_decode import Decoded, decode, distinct_experts, first_difference, stepper
 from minidsv.bench_options import BenchOptions
-from minidsv.bench_rig import Rig, variants_here
+from minidsv.bench_rig import Rig
 from minidsv.bench_timing import read_bandwidth
 from minidsv.engine_config import EngineConfig
 from minidsv.errors import ConfigError
@@ -50,7 +50,6 @@ class TokensDiffer(Exception):
 def run(config: EngineConfig, options: BenchOptions) -> Result:
     """Measure and print every row; not sound if the tokens of two variants differ."""
     rig = Rig.build(config, options)
-    variants = variants_here(rig.config, options.variant_names)
     counts = layer_counts(rig, options.layer_counts)
     bandwidth = read_bandwidth(rig.device)
     print(f"{rig.describe()}; memory read at {bandwidth / 1e9:,.0f} GB/s")
@@ -59,7 +58,7 @@ def run(config: EngineConfig, options: BenchOptions) -> Result:
     try:
         for batch in options.batches:
             for context in options.contexts:
-                for row in measure_rows(rig, batch, context, variants, counts, bandwidth):
+                for row in measure_rows(rig, batch, context, counts, bandwidth):
                     rows.append(row)
                     print(line(cells(row)), flush=True)
     except TokensDiffer as error:
@@ -89,7 +88,6 @@ def measure_rows(
     rig: Rig,
     batch: int,
     context: int,
-    variants: tuple[str, ...],
     counts: tuple[int, ...],
     bandwidth: float,
 ) -> Iterator[Row]:
@@ -98,14 +96,14 @@ def measure_rows(
     distinct = distinct_experts(rig.build_model("eager", counts[-1]), step, batch)
     floors = [floor_us(rig, layers, batch, context, distinct, bandwidth) for layers in counts]
     reference: dict[int, Decoded] = {}
-    for variant in variants:
+    for variant in rig.variants:
         us = []
         for layers in counts:
             decoded = decode(stepper(rig, variant, layers, batch, context), batch, rig.steps)
             want = reference.setdefault(layers, decoded)
             if (difference := first_difference(want.tokens, decoded.tokens)) is not None:
                 raise TokensDiffer(
-                    f"tokens differ: {variant} and {variants[0]} at batch {batch}, context "
+                    f"tokens differ: {variant} and {rig.variants[0]} at batch {batch}, context "
                     f"{context}, {layers} layers: {difference}"
                 )
             us.append(statistics.median(decoded.us))

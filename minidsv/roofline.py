@@ -2,9 +2,9 @@
 takes for it.
 
 A step of `batch` requests at `context` tokens reads every weight that it uses once (of the routed
-experts the distinct ones: as counted, or as expected under uniform routing), min(context,
-index_topk) latent rows and, beyond index_topk, all `context` indexer keys of each request. Activations and
-logits are left out (well under 1 % at these batches).
+experts the distinct ones: as counted, or as expected under uniform routing),
+min(context, index_topk) latent rows and, beyond index_topk, all `context` indexer keys of each
+request. Activations and logits are left out (well under 1 % at these batches).
 """
 
 import math

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from minidsv.bench_graph import Edge, Node, short_name
+from minidsv.bench_nodes import Edge, Node, short_name
 from minidsv.errors import ConfigError
 
 KIND_PREFIX = "CU_GRAPH_NODE_TYPE_"

@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 
-from minidsv.bench_graph import Edge, Node, analyse, launches_of_a_layer, lines, short_name
-from minidsv.bench_graph_cuda import cuda_driver, read_graph
+from minidsv.bench_driver import cuda_driver, read_graph
+from minidsv.bench_nodes import Edge, Node, analyse, launches_of_a_layer, lines, short_name
 from minidsv.errors import ConfigError
 
 OURS = {"_norm", "_gemv"}
 
 
 def chain(*names: str) -> tuple[list[Node], list[Edge]]:
-    """Kernels, or other nodes by a name in capitals, one after the other, all edges programmatic."""
+    """Kernels, or other nodes by a name in capitals; all edges are programmatic."""
     nodes = [Node(n.lower()) if n.isupper() else Node("kernel", n) for n in names]
     return nodes, [Edge(i, i + 1, 1, 1) for i in range(len(nodes) - 1)]
 
@@ -25,7 +25,7 @@ def test_a_clean_chain() -> None:
     assert report.ours == {"_gemv": 2, "_norm": 1}
     assert (report.nodes, report.kernels, report.edges, report.programmatic) == (3, 3, 2, 2)
     assert report.is_chain
-    assert not (report.external or report.others or report.full_edges)
+    assert (report.external, report.others, report.full_edges) == ({}, {}, {})
     assert lines(report) == [
         "3 nodes: 3 kernels", "     2 _gemv", "     1 _norm", "2 edges, 2 programmatic; one chain"
     ]  # fmt: skip
