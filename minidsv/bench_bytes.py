@@ -52,9 +52,10 @@ class LaunchBytes:
 
     def __call__(self, launch: "Launch", args: dict[str, Any]) -> None:
         kernel = launch.spec.kernel
-        family = kernel.__module__.rpartition(".")[2]
-        tensors = [value for value in args.values() if isinstance(value, Tensor)]
-        total = sum(self._bytes(family, tensor) for tensor in tensors)
+        family = kernel.fn.__module__.rpartition(".")[2]
+        # An argument that a launch has no use for repeats another one.
+        tensors = {value.data_ptr(): value for value in args.values() if isinstance(value, Tensor)}
+        total = sum(self._bytes(family, tensor) for tensor in tensors.values())
         if total:
             self.by_kernel[kernel.__name__] += round(total)
 

@@ -63,6 +63,8 @@ class Rig:
         steps, device = WARMUP + options.timed_steps, torch.device(config.device)
         _check_lengths(config, options, steps)
         variants = settle_variants(config, options)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         weights = _load(config, model)
         needed = [b * pages_for(c + steps) for b in options.batches for c in options.contexts]
         cache = _allocate(config, model, max(needed) + 1)

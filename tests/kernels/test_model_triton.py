@@ -9,6 +9,7 @@ import torch
 from builders import hf_model, save, use_rms_norm_eps_for_latents
 from compare import relative_l2
 from minidsv.batch import StepBatch
+from minidsv.bench_bytes import LaunchBytes
 from minidsv.checkpoint import load_checkpoint
 from minidsv.config import ModelConfig
 from minidsv.kernels.constants import PAGE_SIZE
@@ -68,3 +69,33 @@ def test_forward(family: str, quantization: str, tmp_path: Path) -> None:
     got = logits(folder, quantization, "off")
     assert relative_l2(got, want) < 5e-6
     assert torch.equal(got.argmax(-1), want.argmax(-1))
+
+
+@pytest.mark.skipif(not is_interpreted(), reason="runs in the interpreter")
+@pytest.mark.parametrize(("family", "quantization"), [("dsv32", "fp8"), ("glm", "none")])
+def test_bytes_of_a_step(family: str, quantization: str, tmp_path: Path) -> None:
+    """Every weight is charged to a kernel, once, and every cache row that is read or written."""
+    from minidsv.kernels.launch import observed_launches
+
+    folder = checkpoint(family, tmp_path / family)
+    config = ModelConfig.from_path(folder)
+    weights = load_checkpoint(
+        folder, config, device=CPU, dtype=torch.float32, quantization=quantization
+    )
+    cache = KVCache.allocate(config, 3, "float32", "float32", CPU)
+    for buffer in (*cache.latent, *cache.index):
+        if buffer is not None:
+            buffer.zero_()
+    model, context, chosen = DeepseekV32(config, weights, cache, Operators("off")), 7, 2
+    observer = LaunchBytes(config, weights, cache, batch=2, context=context, experts=chosen)
+    with observed_launches(observer):
+        model.forward(step([11], [10], context - 1))
+    want = 2 * sum(
+        4 * config.latent_dim * (1 + config.index_topk)
+        + 4 * config.index_head_dim * (1 + context) * config.has_indexer(layer)
+        for layer in range(config.num_hidden_layers)
+    )
+    for name, weight in weights.items():
+        share = chosen / config.n_routed_experts if ".experts." in name else 1.0
+        want += weight.nbytes * (2 / config.vocab_size if name == "embed_tokens" else share)
+    assert sum(observer.by_kernel.values()) == pytest.approx(want, rel=1e-6)
