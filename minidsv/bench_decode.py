@@ -153,3 +153,15 @@ def distinct_experts(
     for _ in range(steps):
         advance(step, eager(model, step)[:batch])
     return sum(distinct) / len(distinct) if distinct else None
+
+
+def count_launches(model: DeepseekV32, step: StepBatch) -> int:
+    """Launches of our kernels in a step."""
+    if model.pdl is None:
+        return 0
+    from minidsv.kernels.launch import observed_launches
+
+    launches: list[object] = []
+    with observed_launches(lambda launch, _: launches.append(launch)):
+        eager(model, step)
+    return len(launches)

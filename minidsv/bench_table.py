@@ -12,7 +12,14 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 from minidsv.bench import Result
-from minidsv.bench_decode import Decoded, decode, distinct_experts, first_difference, stepper
+from minidsv.bench_decode import (
+    Decoded,
+    count_launches,
+    decode,
+    distinct_experts,
+    first_difference,
+    stepper,
+)
 from minidsv.bench_options import BenchOptions
 from minidsv.bench_rig import Rig
 from minidsv.bench_timing import read_bandwidth
@@ -33,6 +40,7 @@ class Row:
     floor_us: float
     floor_us_layer: float | None
     distinct_experts: float | None  # a layer; None: no layer has experts
+    saved_us_launch: float | None  # against the variant `graph`, if that was measured before
 
     @property
     def tokens_per_s(self) -> float:
@@ -95,7 +103,9 @@ def measure_rows(
     step = rig.first_step(batch, context)
     distinct = distinct_experts(rig.build_model("eager", counts[-1]), step, batch)
     floors = [floor_us(rig, layers, batch, context, distinct, bandwidth) for layers in counts]
+    launches = count_launches(rig.build_model("eager", counts[-1]), rig.first_step(batch, context))
     reference: dict[int, Decoded] = {}
+    graph_us: float | None = None
     for variant in rig.variants:
         us = []
         for layers in counts:
@@ -107,10 +117,18 @@ def measure_rows(
                     f"{context}, {layers} layers: {difference}"
                 )
             us.append(statistics.median(decoded.us))
+        graph_us = us[-1] if variant == "graph" else graph_us
         yield Row(
-            batch, context, variant, us[-1], _marginal(us, counts), floors[-1],
-            _marginal(floors, counts), distinct,
-        )  # fmt: skip
+            batch=batch,
+            context=context,
+            variant=variant,
+            us=us[-1],
+            us_layer=_marginal(us, counts),
+            floor_us=floors[-1],
+            floor_us_layer=_marginal(floors, counts),
+            distinct_experts=distinct,
+            saved_us_launch=(graph_us - us[-1]) / launches if graph_us and launches else None,
+        )
 
 
 def floor_us(
@@ -138,21 +156,21 @@ def _marginal(values: list[float], counts: tuple[int, ...]) -> float | None:
 
 HEADINGS = (
     "batch", "context", "variant", "tokens/s", "us a step", "floor", "MBU",
-    "us a layer", "floor", "experts",
+    "us a layer", "floor", "saved/launch", "experts",
 )  # fmt: skip
-WIDTHS = (5, 8, 15, 11, 11, 9, 7, 11, 9, 8)
+WIDTHS = (5, 8, 15, 11, 11, 9, 7, 11, 9, 12, 8)
 
 
 def cells(row: Row) -> list[str]:
     """A row's numbers as they are printed, under HEADINGS."""
 
-    def number(value: float | None) -> str:
-        return "-" if value is None else f"{value:,.1f}"
+    def number(value: float | None, digits: int = 1) -> str:
+        return "-" if value is None else f"{value:,.{digits}f}"
 
     return [
         str(row.batch), str(row.context), row.variant, number(row.tokens_per_s), number(row.us),
         number(row.floor_us), f"{row.mbu:.1%}", number(row.us_layer), number(row.floor_us_layer),
-        number(row.distinct_experts),
+        number(row.saved_us_launch, 2), number(row.distinct_experts),
     ]  # fmt: skip
 
 
