@@ -31,6 +31,7 @@ from minidsv.sampler import Sampler
 from minidsv.scheduler import Chunk
 from minidsv.selections import read_selections, selection_recorder
 from minidsv.upload import Download, upload, upload_rows
+from minidsv.warmup import warm_up_steps
 
 CACHE_SHARE = 0.25  # of the free memory, the most that a page pool of default size takes
 
@@ -101,8 +102,10 @@ class ModelRunner:
         self.model = DeepseekV32(model_config, weights, self.cache, operators)
         self.runs_ahead = self.device.type == "cuda"
         self.counts = StepCounts()
-        self.graphs = self.decode_graphs() if config.cuda_graph == "on" else None
-        if self.graphs is not None:
+        self.graphs: DecodeGraphs | None = None
+        if config.cuda_graph == "on":
+            self.graphs = self.decode_graphs()
+            self._warm_up(self.graphs.bounds)
             self.graphs.capture()
         self._sampled_rows: dict[Request, int] = {}  # of the last step, in _sampled_ids
         self._sampled_ids: Tensor | None = None
@@ -133,6 +136,15 @@ class ModelRunner:
         buffers = StepBuffers(most, pages_for(longest), self.num_pages, self.device)
         bounds = context_bounds(self.model_config.index_topk, longest)
         return DecodeGraphs(self.model, buffers, bounds, most)
+
+    def _warm_up(self, bounds: Sequence[int]) -> None:
+        """Nothing compiles in a request, and none is the first to need all the memory."""
+        c = self.config
+        for step in warm_up_steps(
+            bounds, c.max_num_seqs, c.max_num_batched_tokens, self.num_pages, self.device
+        ):
+            _, logits = self.model.forward(step)
+            argmax(logits, self.pdl)
 
     def execute(self, chunks: Sequence[Chunk]) -> LaunchedStep:
         """Start computing the chunks and choosing a token for each that samples."""

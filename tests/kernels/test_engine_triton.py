@@ -19,7 +19,7 @@ from minidsv.questions import eval_questions
 pytestmark = pytest.mark.gpu
 CACHES = [("bfloat16", "bfloat16"), ("bfloat16", "fp8"), ("fp8", "fp8"), ("fp8_flat", "fp8")]
 REPLAYS = 1000
-TRITON = {"backend": "triton"}
+TRITON = {"backend": "triton", "cuda_graph": "off"}
 ON_CUDA = TRITON | {"device": "cuda"}
 
 
