@@ -1,7 +1,9 @@
 """`minidsv bench --wall`: the whole engine by the host's clock, scheduling and text included.
 
 Requests of distinct random prompts arrive at once. Prefill is the time to the last one's first
-token, decode the median of the steps in which every request gets one more.
+token, the median of ROUNDS, decode the median of the steps in which every request gets one more.
+Where the engine replays a graph, that graph is timed by events too: what a step takes beyond it,
+the device idles, samples or moves the step's rows.
 """
 
 import statistics
@@ -14,11 +16,15 @@ import torch
 from minidsv.bench import Result
 from minidsv.bench_options import BenchOptions
 from minidsv.bench_rig import WARMUP, model_name
+from minidsv.bench_timing import times_us
 from minidsv.block_manager import pages_for
 from minidsv.engine import Engine
 from minidsv.engine_config import EngineConfig
 from minidsv.errors import ConfigError
+from minidsv.graph import GraphKey
 from minidsv.request import Request, SamplingParams
+
+ROUNDS = 3  # prefills
 
 
 @dataclass(frozen=True)
@@ -29,10 +35,16 @@ class WallRow:
     context: int  # tokens of a prompt
     prefill_ms: float
     us: float  # a decode step
+    graph_us: float | None  # of its graph alone
 
     @property
     def tokens_per_s(self) -> float:
         return self.batch / self.us * 1e6
+
+    @property
+    def beside_graph(self) -> float | None:
+        """The share of a step in which its graph does not run."""
+        return None if self.graph_us is None else 1 - self.graph_us / self.us
 
 
 def run(config: EngineConfig, options: BenchOptions) -> Result:
@@ -43,7 +55,8 @@ def run(config: EngineConfig, options: BenchOptions) -> Result:
     for batch in options.batches:
         for context in options.contexts:
             row = measure_wall(engine, batch, context, options.timed_steps)
-            rows.append(asdict(row) | {"tokens_per_s": row.tokens_per_s})
+            derived = {"tokens_per_s": row.tokens_per_s, "beside_graph": row.beside_graph}
+            rows.append(asdict(row) | derived)
             print(line(row), flush=True)
     setting: dict[str, Any] = {"model": model_name(engine.config), "engine": asdict(engine.config)}
     setting["replays"] = options.timed_steps
@@ -55,19 +68,43 @@ def measure_wall(engine: Engine, batch: int, context: int, replays: int) -> Wall
     max_tokens = _most_tokens(engine, batch, context) + WARMUP + replays
     _check_room(engine, batch, context + max_tokens)
     params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
-    requests = [engine.make_request(p, params) for p in prompts(engine, batch, context)]
-    try:
-        start = time.perf_counter()
-        for request in requests:
-            engine.add(request)
-        while not all(request.output_token_ids for request in requests):
-            engine.step()
-        prefill = time.perf_counter() - start
-        steps = [_step_us(engine, requests) for _ in range(WARMUP + replays)]
-    finally:
-        for request in requests:
-            engine.abort(request)
-    return WallRow(batch, context, prefill * 1e3, statistics.median(steps[WARMUP:]))
+    prefills, steps, graph_us = [], list[float](), None
+    for tag in range(ROUNDS):
+        ids = prompts(engine, batch, context, tag)
+        requests = [engine.make_request(tokens, params) for tokens in ids]
+        try:
+            prefills.append(_prefill_ms(engine, requests))
+            if tag == ROUNDS - 1:
+                steps = [_step_us(engine, requests) for _ in range(WARMUP + replays)]
+                graph_us = replay_us(engine, requests, replays)
+        finally:
+            for request in requests:
+                engine.abort(request)
+    us = statistics.median(steps[WARMUP:])
+    return WallRow(batch, context, statistics.median(prefills), us, graph_us)
+
+
+def _prefill_ms(engine: Engine, requests: list[Request]) -> float:
+    start = time.perf_counter()
+    for request in requests:
+        engine.add(request)
+    while not all(request.output_token_ids for request in requests):
+        engine.step()
+    return (time.perf_counter() - start) * 1e3
+
+
+def replay_us(engine: Engine, requests: list[Request], replays: int) -> float | None:
+    """The graph of the step that the requests have just made, again and again.
+
+    It rewrites the rows of that step with what they hold.
+    """
+    graphs, longest = engine.runner.graphs, max(r.num_computed_tokens for r in requests)
+    if graphs is None:
+        return None
+    rows = next(size for size in graphs.buckets if size >= len(requests))
+    key = GraphKey(rows, 1, next(bound for bound in graphs.bounds if bound >= longest))
+    replay = graphs.graphs[key].replay
+    return statistics.median(times_us(replay, lambda: None, replays, engine.runner.device))
 
 
 def _most_tokens(engine: Engine, batch: int, context: int) -> int:
@@ -97,9 +134,10 @@ def _step_us(engine: Engine, requests: list[Request]) -> float:
     return us
 
 
-def prompts(engine: Engine, batch: int, context: int) -> list[list[int]]:
-    """Random and distinct, so that no prefix is shared, also not with another batch or context."""
-    generator = torch.Generator().manual_seed(engine.config.seed + batch + (context << 20))
+def prompts(engine: Engine, batch: int, context: int, tag: int) -> list[list[int]]:
+    """Random and distinct, so that no prefix is shared, not with those of another call either."""
+    seed = engine.config.seed + tag + (batch << 8) + (context << 24)
+    generator = torch.Generator().manual_seed(seed)
     shape = (batch, context)
     ids: list[list[int]] = torch.randint(
         engine.model_config.vocab_size, shape, generator=generator
@@ -107,11 +145,17 @@ def prompts(engine: Engine, batch: int, context: int) -> list[list[int]]:
     return ids
 
 
-HEADING = f"{'batch':>5} {'context':>8} {'prefill ms':>11} {'us a step':>11} {'tokens/s':>11}"
+HEADING = (
+    f"{'batch':>5} {'context':>8} {'prefill ms':>11} {'us a step':>11} {'tokens/s':>11} "
+    f"{'us a graph':>11} {'beside it':>9}"
+)
 
 
 def line(row: WallRow) -> str:
+    """A row's numbers as they are printed, under HEADING."""
+    graph = "-" if row.graph_us is None else f"{row.graph_us:,.1f}"
+    beside = "-" if row.beside_graph is None else f"{row.beside_graph:.1%}"
     return (
         f"{row.batch:5} {row.context:8} {row.prefill_ms:11,.1f} {row.us:11,.1f} "
-        f"{row.tokens_per_s:11,.1f}"
+        f"{row.tokens_per_s:11,.1f} {graph:>11} {beside:>9}"
     )

@@ -10,5 +10,5 @@ python3 -c "
 import torch, transformers, triton
 print(torch.cuda.get_device_name(), 'torch', torch.__version__, 'triton', triton.__version__,
       'transformers', transformers.__version__)"
-python3 -m pytest -q tests/test_gpu.py
+python3 -m pytest -q tests/test_gpu*.py
 python3 -m pytest -q tests/kernels tests/test_parity.py tests/test_identities.py

@@ -68,10 +68,11 @@ def wall_table(result: Result) -> str:
     """The whole engine."""
     rows = [
         [row["batch"], row["context"], number(row["prefill_ms"]), number(row["us"]),
-         number(row["tokens_per_s"])]
+         number(row["tokens_per_s"]), number(row["graph_us"]), percent(row["beside_graph"])]
         for row in result["rows"]
     ]  # fmt: skip
-    return table(["batch", "prompt", "prefill ms", "us a decode step", "tokens/s"], rows)
+    headings = "batch, prompt, prefill ms, us a decode step, tokens/s, us its graph, beside it"
+    return table(headings.split(", "), rows)
 
 
 def graph_table(result: Result) -> str:

@@ -28,11 +28,13 @@ from minidsv.bench_options import BenchOptions
 from minidsv.bench_rig import WARMUP, Rig, fill_cache, settle_variants
 from minidsv.bench_table import TokensDiffer, cells, floor_us, layer_counts, measure_rows
 from minidsv.bench_timing import read_bandwidth, times_us
+from minidsv.bench_wall import WallRow, replay_us
+from minidsv.bench_wall import line as wall_line
 from minidsv.cli import main
 from minidsv.config import ModelConfig
 from minidsv.engine_config import EngineConfig, bundled_model
 from minidsv.errors import ConfigError
-from minidsv.graph import DecodeGraphs
+from minidsv.graph import DecodeGraphs, GraphKey
 from minidsv.kernels.constants import PAGE_SIZE
 from minidsv.kernels.index_cache import read_index_k_buffer
 from minidsv.kernels.router import grouped_topk
@@ -409,7 +411,30 @@ def test_the_wall_clock(
     for row, batch in zip(result["rows"], (1, 3), strict=True):
         assert (row["batch"], row["context"]) == (batch, 70)
         assert row["prefill_ms"] * 1e3 > row["us"] > 0
+        assert (row["graph_us"], row["beside_graph"]) == (None, None)
         assert row["tokens_per_s"] == pytest.approx(1e6 * batch / row["us"])
+
+
+def test_the_graph_of_a_step() -> None:
+    """The smallest that holds the requests and the longest of them."""
+    ran = []
+
+    def graph(key: GraphKey) -> Any:
+        return SimpleNamespace(replay=lambda: ran.append(key))
+
+    keys = [GraphKey(size, 1, bound) for size in (1, 2, 4) for bound in (48, 600)]
+    graphs = SimpleNamespace(
+        buckets=(1, 2, 4), bounds=(48, 600), graphs={key: graph(key) for key in keys}
+    )
+    engine: Any = SimpleNamespace(runner=SimpleNamespace(graphs=graphs, device=CPU))
+    requests: Any = [SimpleNamespace(num_computed_tokens=n) for n in (9, 49, 3)]
+    assert replay_us(engine, requests, 5) is not None
+    assert ran == [GraphKey(4, 1, 600)] * 5
+    replay_us(engine, requests[:1], 1)
+    assert ran[-1] == GraphKey(1, 1, 48)
+    row = WallRow(batch=2, context=9, prefill_ms=1.0, us=1000.0, graph_us=950.0)
+    assert row.beside_graph == pytest.approx(0.05)
+    assert wall_line(row).split()[-2:] == ["950.0", "5.0%"]
 
 
 def test_times_are_of_the_run_alone() -> None:
