@@ -59,3 +59,11 @@ def checkpoints(
     """Checkpoint folders of `hf_models`."""
     root = tmp_path_factory.mktemp("checkpoints")
     return {family: save(model, root / family) for family, model in hf_models.items()}
+
+
+@pytest.fixture(scope="session", params=["dsv32", "glm"])
+def rig(request: pytest.FixtureRequest, checkpoints: dict[str, Path]) -> Any:
+    """A bench's weights, cache and requests: batch 3, context 60."""
+    from rigs import build
+
+    return build(checkpoints[request.param])

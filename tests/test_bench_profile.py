@@ -1,7 +1,6 @@
 """`minidsv bench --profile` without a GPU: planted events and launches, PyTorch's operators."""
 
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,10 +11,10 @@ import torch
 from minidsv.bench_bytes import LaunchBytes
 from minidsv.bench_profile import KernelRow, aggregate, line, plot
 from minidsv.checkpoint import Weight
-from minidsv.cli import main
 from minidsv.config import ModelConfig
 from minidsv.engine_config import bundled_model
 from minidsv.kv_cache import KVCache
+from rigs import TINY, run_bench
 
 
 def test_aggregate() -> None:
@@ -80,16 +79,11 @@ def test_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """On the CPU rows are operators, whose bytes nobody knows."""
-    options = ["--load-format", "random", "--device", "cpu", "--max-model-len", "512"]
-    options += ["--batch", "2", "--context", "30,90", "--replays", "2"]
     picture = tmp_path / "profile.png"
-    options += ["--profile", "--plot", str(picture)]
-    monkeypatch.setattr(sys, "argv", ["minidsv", "bench", *options])
-    with pytest.raises(SystemExit) as end:
-        main()
-    assert not end.value.code
-    lines = capsys.readouterr().out.splitlines()
-    result = json.loads(lines[-1])
+    options = ("--batch", "2", "--context", "30,90", "--profile", "--plot", str(picture))
+    code, out, _ = run_bench(monkeypatch, capsys, *TINY, *options)
+    assert code == 0
+    result = json.loads(out.splitlines()[-1])
     assert picture.exists()
     assert (result["kind"], result["variant"]) == ("profile", "eager")
     assert list(result["profiles"]) == ["batch 2, context 30", "batch 2, context 90"]
@@ -105,8 +99,6 @@ def test_without_matplotlib(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("minidsv.bench_profile.find_spec", lambda name: None)
-    monkeypatch.setattr(sys, "argv", ["minidsv", "bench", "--profile", "--plot", "a.png"])
-    with pytest.raises(SystemExit) as end:
-        main()
-    assert end.value.code == 2
-    assert "minidsv[bench]" in capsys.readouterr().err
+    code, _, err = run_bench(monkeypatch, capsys, "--profile", "--plot", "a.png")
+    assert code == 2
+    assert "minidsv[bench]" in err

@@ -48,7 +48,7 @@ def test_help_is_quick_and_names_the_commands() -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         seconds.append(time.perf_counter() - start)
     assert min(seconds) < 1
-    assert all(name in done.stdout for name in ("generate", "serve", "inspect"))
+    assert all(name in done.stdout for name in ("generate", "serve", "inspect", "bench"))
 
 
 @pytest.mark.parametrize(
@@ -56,6 +56,7 @@ def test_help_is_quick_and_names_the_commands() -> None:
     [
         pytest.param(["--help"], id="help"),
         pytest.param(["generate", "--help"], id="generate-help"),
+        pytest.param(["bench", "--help"], id="bench-help"),
         pytest.param(["version"], id="version"),
         pytest.param(["generate", "a", "--max-tokens", "0"], id="refusal"),
     ],

@@ -1,7 +1,6 @@
 """`minidsv bench` on a GPU, over the bundled model on Triton: every subject, every variant."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,8 @@ import torch
 
 from minidsv.bench_options import VARIANTS
 from minidsv.bench_timing import read_bandwidth
-from minidsv.cli import main
 from minidsv.kernels.specs import SPECS
+from rigs import run_bench
 
 pytestmark = pytest.mark.gpu
 OURS = {spec.kernel.__name__ for spec in SPECS}
@@ -23,11 +22,8 @@ def bench(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
     """Run `minidsv bench` with OPTIONS and more; returns its JSON."""
 
     def run(*arguments: str) -> dict[str, Any]:
-        monkeypatch.setattr(sys, "argv", ["minidsv", "bench", *OPTIONS, *arguments])
-        with pytest.raises(SystemExit) as end:
-            main()
-        out, err = capsys.readouterr()
-        assert not end.value.code, out + err
+        code, out, err = run_bench(monkeypatch, capsys, *OPTIONS, *arguments)
+        assert code == 0, out + err
         result: dict[str, Any] = json.loads(out.splitlines()[-1])
         with capsys.disabled():
             print("\n" + out.rpartition("{")[0])

@@ -1,14 +1,13 @@
 """scripts/make_benchmarks.py: what is committed is what it makes, and what it makes of results."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import make_benchmarks
-from minidsv.cli import main
+from rigs import TINY, run_bench
 
 ROOT = Path(__file__).parents[1]
 MARKED = f"# x\n{make_benchmarks.BEGIN}\nold\n{make_benchmarks.END}\nrest\n"
@@ -152,15 +151,11 @@ def test_it_takes_what_the_command_writes(
     tree: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Real output of the three subjects that a CPU has."""
-    options = ["--load-format", "random", "--device", "cpu", "--max-model-len", "512"]
-    options += ["--batch", "1", "--context", "30", "--replays", "1"]
     for subject in ([], ["--profile"], ["--wall"]):
         name = "".join(subject).strip("-") or "table"
+        options = [*TINY, "--batch", "1", "--context", "30", *subject]
         file = str(tree / "docs" / "results" / f"{name}.json")
-        monkeypatch.setattr(sys, "argv", ["minidsv", "bench", *options, *subject, "--json", file])
-        with pytest.raises(SystemExit) as end:
-            main()
-        assert not end.value.code
+        assert run_bench(monkeypatch, capsys, *options, "--json", file)[0] == 0
     page, readme = generated(tree)
     titles = [line for line in page.splitlines() if line.startswith("## ")]
     assert titles == [
