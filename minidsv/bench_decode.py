@@ -70,7 +70,7 @@ def advance(step: StepBatch, ids: Tensor) -> None:
     place_rows(step)
 
 
-def stepper(rig: Rig, variant: str, layers: int, batch: int, context: int) -> Stepper:
+def start(rig: Rig, variant: str, layers: int, batch: int, context: int) -> Stepper:
     """At the first step, which is the same for every variant."""
     model, step = rig.build_model(variant, layers), rig.first_step(batch, context)
     if variant == "eager":

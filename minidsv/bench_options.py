@@ -9,18 +9,19 @@ from minidsv.errors import ConfigError
 VARIANTS = ("eager", "graph", "graph+seed", "graph+pdl", "graph+prefetch")
 REPLAYS = 200
 SUBJECTS = ("graph", "profile", "wall")  # switches; without one, the table of variants
-# What an option means to one subject only, or to some; the table's are the rest.
+# The subjects to which an option means something; the others' are common to all.
 _FOR = {
     "variants": ("table", "graph", "profile"),
     "replays": ("table", "profile", "wall"),
     "layers": ("table",),
     "plot": ("profile",),
 }
-# Options of the engine that the variants take the place of.
+# Options that only the whole engine has a use for, and why.
 _ENGINE_ONLY = {
     "pdl": "variants choose it",
     "cuda_graph": "variants choose it",
     "max_num_seqs": "batch sets it",
+    "max_num_batched_tokens": "no prompt is computed",
     "num_pages": "batch and context set it",
     "enable_prefix_caching": "no prompt is computed",
 }
@@ -35,7 +36,7 @@ class BenchOptions:
     """What to measure. Raises ConfigError on bad values and on options that do not go together."""
 
     batch: str = _option("1,8,64", "requests in a decode step, comma-separated")
-    context: str = _option("4096,65536", "tokens that the first decoded token sees itself among")
+    context: str = _option("4096,65536", "tokens of context, the first one decoded included")
     variants: str | None = _option(None, f"of {', '.join(VARIANTS)}; default: all that run here")
     replays: int | None = _option(None, f"timed steps of each measurement (default: {REPLAYS})")
     layers: str | None = _option(None, "two layer counts, whose difference prices a layer")

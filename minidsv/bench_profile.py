@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from minidsv.bench import Result
 from minidsv.bench_bytes import LaunchBytes
-from minidsv.bench_decode import distinct_experts, eager, stepper
+from minidsv.bench_decode import distinct_experts, eager, start
 from minidsv.bench_nodes import short_name
 from minidsv.bench_options import BenchOptions
 from minidsv.bench_rig import WARMUP, Rig
@@ -104,7 +104,7 @@ def profile_step(
 
         with observed_launches(observer):
             eager(model, rig.first_step(batch, context))
-    run_step = stepper(rig, variant, layers, batch, context).run
+    run_step = start(rig, variant, layers, batch, context).run
     events = profiled(run_step, rig.steps - WARMUP, rig.device)
     return aggregate(events, rig.steps - WARMUP, observer.by_kernel, bandwidth)
 

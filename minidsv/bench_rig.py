@@ -31,6 +31,7 @@ from minidsv.layers import Operators
 from minidsv.model import DeepseekV32
 from minidsv.random_weights import random_tensors
 from minidsv.resolve import resolve
+from minidsv.threads import limit_threads
 
 WARMUP = 8  # steps before those that are timed
 FILL_PAGES = 128  # pages that are filled at a time
@@ -66,6 +67,7 @@ class Rig:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         weights = _load(config, model)
+        limit_threads(config.device, sum(weight.nbytes for weight in weights.values()))
         needed = [b * pages_for(c + steps) for b in options.batches for c in options.contexts]
         cache = _allocate(config, model, max(needed) + 1)
         generator = torch.Generator(device).manual_seed(config.seed)
@@ -136,8 +138,10 @@ class Rig:
         ids = torch.randint(self.model.vocab_size, (batch,), generator=generator)
         width = pages_for(context + self.steps)
         positions = torch.full((batch,), context - 1, device=self.device)
-        table = torch.full((batch, pages_for(self.bound(context))), 0, device=self.device)
-        table[:, :width] = self.pages[: batch * width].view(batch, width)[:, : table.shape[1]]
+        table = torch.zeros(
+            batch, pages_for(self.bound(context)), dtype=torch.int64, device=self.device
+        )
+        table[:, :width] = self.pages[: batch * width].view(batch, width)
         rows = torch.arange(batch, device=self.device)
         step = StepBatch(
             input_ids=ids.to(self.device),
@@ -160,8 +164,7 @@ def model_name(config: EngineConfig) -> str:
 
 def place_rows(step: StepBatch) -> None:
     """Make slot_mapping, in place, that of the rows' positions."""
-    pages = step.block_table[step.request_index]
-    page = pages.gather(1, (step.positions // PAGE_SIZE).unsqueeze(1)).squeeze(1)
+    page = step.block_table[step.request_index, step.positions // PAGE_SIZE]
     step.slot_mapping.copy_(page * PAGE_SIZE + step.positions % PAGE_SIZE)
 
 

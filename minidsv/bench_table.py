@@ -18,7 +18,7 @@ from minidsv.bench_decode import (
     decode,
     distinct_experts,
     first_difference,
-    stepper,
+    start,
 )
 from minidsv.bench_options import BenchOptions
 from minidsv.bench_rig import Rig
@@ -109,7 +109,7 @@ def measure_rows(
     for variant in rig.variants:
         us = []
         for layers in counts:
-            decoded = decode(stepper(rig, variant, layers, batch, context), batch, rig.steps)
+            decoded = decode(start(rig, variant, layers, batch, context), batch, rig.steps)
             want = reference.setdefault(layers, decoded)
             if (difference := first_difference(want.tokens, decoded.tokens)) is not None:
                 raise TokensDiffer(

@@ -23,6 +23,7 @@ from minidsv.engine_config import EngineConfig
 from minidsv.errors import ConfigError
 from minidsv.graph import GraphKey
 from minidsv.request import Request, SamplingParams
+from minidsv.threads import limit_threads
 
 ROUNDS = 3  # prefills
 
@@ -50,6 +51,7 @@ class WallRow:
 def run(config: EngineConfig, options: BenchOptions) -> Result:
     """Measure and print every row."""
     engine = Engine(config)
+    limit_threads(engine.config.device, engine.runner.weight_bytes)
     print(f"{engine.runner.describe()}\n{HEADING}", flush=True)
     rows = []
     for batch in options.batches:

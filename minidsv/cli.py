@@ -22,8 +22,6 @@ from minidsv.server.options import ServerOptions
 if TYPE_CHECKING:
     from minidsv.engine import Engine, StepOutput
 
-SMALL_MODEL_BYTES = 64 * 2**20
-
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -122,15 +120,10 @@ def generate(
 
 
 def limit_threads(engine: "Engine") -> None:
-    """Give a small model on CPU one thread.
+    """`minidsv.threads.limit_threads` for an engine."""
+    from minidsv import threads
 
-    A second one brings it nothing, and spins for a core where another process has it: 3 tokens/s
-    in place of 60 (docs/LOG.md).
-    """
-    import torch
-
-    if engine.config.device == "cpu" and engine.runner.weight_bytes < SMALL_MODEL_BYTES:
-        torch.set_num_threads(1)
+    threads.limit_threads(engine.config.device, engine.runner.weight_bytes)
 
 
 def _standard_input() -> str:

@@ -132,7 +132,7 @@ def test_a_variant_that_differs_is_named(
     rig: Rig, graphs_on_cpu: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A replay that goes wrong once, late: for the second request in its tenth step."""
-    original, replays = bench_decode.stepper, []
+    original, replays = bench_decode.start, []
 
     def broken(rig: Rig, variant: str, *rest: Any) -> Stepper:
         run, step = original(rig, variant, *rest)
@@ -146,7 +146,7 @@ def test_a_variant_that_differs_is_named(
 
         return Stepper(run_wrongly, step)
 
-    monkeypatch.setattr(bench_table, "stepper", broken)
+    monkeypatch.setattr(bench_table, "start", broken)
     rows = measure_rows(replace(rig, variants=("eager", "graph", "graph+pdl")), 3, 60, (2,), 1e9)
     assert [next(rows).variant, next(rows).variant] == ["eager", "graph"]
     with pytest.raises(TokensDiffer) as raised:

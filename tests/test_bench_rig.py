@@ -9,7 +9,7 @@ from torch import Tensor
 
 from minidsv.bench_decode import (
     decode,
-    stepper,
+    start,
 )  # fmt: skip
 from minidsv.bench_options import BenchOptions
 from minidsv.bench_rig import Rig, fill_cache, settle_variants
@@ -33,7 +33,7 @@ def test_first_steps_are_distinct_and_repeatable(rig: Rig) -> None:
     for name, value in vars(first).items():
         if isinstance(value, Tensor):
             assert torch.equal(value, getattr(again, name)), name
-    runs = [decode(stepper(rig, "eager", 2, 3, 60), 3, STEPS).tokens for _ in range(2)]
+    runs = [decode(start(rig, "eager", 2, 3, 60), 3, STEPS).tokens for _ in range(2)]
     assert torch.equal(*runs)
     assert len(runs[0].unique()) > 3
 
