@@ -29,7 +29,7 @@ ROUTED_STEPS = 8  # steps over which distinct experts are counted
 class Stepper(NamedTuple):
     """A variant at a batch and context: what computes its step, and the step to feed back into."""
 
-    run: Callable[[], Tensor]  # returns the argmax ids of all rows, padding too
+    run: Callable[[], tuple[Tensor, Tensor]]  # returns the rows' argmax ids and logits
     step: StepBatch
 
 
@@ -38,27 +38,30 @@ class Decoded:
     """The timed steps of one variant."""
 
     us: list[float]  # of each step behind the warm-up
-    tokens: Tensor  # int64 [steps, batch] on the host, the warm-up's too
+    tokens: Tensor  # int64 [steps, batch], the warm-up's too
+    logits: Tensor  # fp32 [batch, vocab] of the last step
 
 
 def decode(stepper: Stepper, batch: int, steps: int) -> Decoded:
     """Decode `steps` tokens of each of `batch` requests, the step's first rows."""
     step, device = stepper.step, stepper.step.input_ids.device
     tokens = torch.empty(steps, batch, dtype=torch.int64, device=device)
-    count, ids = 0, tokens[0]
+    last: tuple[Tensor, Tensor] | None = None
+    rows = iter(tokens)
 
     def compute() -> None:
-        nonlocal ids
-        ids = stepper.run()
+        nonlocal last
+        last = stepper.run()
 
     def feed_back() -> None:
-        nonlocal count
-        tokens[count] = ids[:batch]
-        advance(step, tokens[count])
-        count += 1
+        assert last is not None
+        ids = next(rows)
+        ids.copy_(last[0][:batch])
+        advance(step, ids)
 
     us = times_us(compute, feed_back, steps, device)
-    return Decoded(us[WARMUP:], tokens.cpu())
+    assert last is not None, f"{steps} steps"
+    return Decoded(us[WARMUP:], tokens, last[1][:batch].clone())
 
 
 def advance(step: StepBatch, ids: Tensor) -> None:
@@ -76,13 +79,13 @@ def start(rig: Rig, variant: str, layers: int, batch: int, context: int) -> Step
     if variant == "eager":
         return Stepper(lambda: eager(model, step), step)
     graphs = capture(rig, model, batch, context)
-    ids, _ = graphs.replay(step)  # which is where every replay leaves them
+    outputs = graphs.replay(step)  # which is where every replay leaves its own
     graphs.buffers.fill(step, batch)
     ((key, graph),) = graphs.graphs.items()
 
-    def replay() -> Tensor:
+    def replay() -> tuple[Tensor, Tensor]:
         graph.replay()
-        return ids
+        return outputs
 
     return Stepper(replay, graphs.buffers.batch(batch, key.max_seq_len))
 
@@ -100,19 +103,25 @@ def capture(
     return graphs
 
 
-def eager(model: DeepseekV32, step: StepBatch) -> Tensor:
-    """The step's argmax ids, operator by operator."""
-    return argmax(model.forward(step)[1], model.pdl)
+def eager(model: DeepseekV32, step: StepBatch) -> tuple[Tensor, Tensor]:
+    """The step's argmax ids and logits, operator by operator."""
+    _, logits = model.forward(step)
+    return argmax(logits, model.pdl), logits
 
 
-def first_difference(want: Tensor, got: Tensor) -> str | None:
-    """Where two runs' tokens [steps, batch] part, in words."""
-    places = (want != got).nonzero()
-    if not len(places):
-        return None
-    step, request = places[0].tolist()
-    tokens = int(want[step, request]), int(got[step, request])
-    return f"step {step}, request {request}: {tokens[0]} and {tokens[1]}"
+def first_difference(want: Decoded, got: Decoded) -> str | None:
+    """Where two runs part, in words: in a token, or in any bit of the last logits."""
+    places = (want.tokens != got.tokens).nonzero()
+    if len(places):
+        step, request = places[0].tolist()
+        tokens = int(want.tokens[step, request]), int(got.tokens[step, request])
+        return f"step {step}, request {request}: tokens {tokens[0]} and {tokens[1]}"
+    places = (want.logits.view(torch.int32) != got.logits.view(torch.int32)).nonzero()
+    if len(places):
+        request, token = places[0].tolist()
+        logits = float(want.logits[request, token]), float(got.logits[request, token])
+        return f"last step, request {request}, token {token}: logits {logits[0]} and {logits[1]}"
+    return None
 
 
 class CountedMoE(MoE):
@@ -151,7 +160,7 @@ def distinct_experts(
         if isinstance(layer.mlp, MoE):
             layer.mlp = CountedMoE(layer.mlp, batch, distinct)
     for _ in range(steps):
-        advance(step, eager(model, step)[:batch])
+        advance(step, eager(model, step)[0][:batch])
     return sum(distinct) / len(distinct) if distinct else None
 
 

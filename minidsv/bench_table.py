@@ -51,12 +51,12 @@ class Row:
         return self.floor_us / self.us
 
 
-class TokensDiffer(Exception):
-    """Two variants decoded different tokens."""
+class VariantsDiffer(Exception):
+    """Two variants decoded different tokens or logits."""
 
 
 def run(config: EngineConfig, options: BenchOptions) -> Result:
-    """Measure and print every row; not sound if the tokens of two variants differ."""
+    """Measure and print every row; not sound if two variants decode differently."""
     rig = Rig.build(config, options)
     counts = layer_counts(rig, options.layer_counts)
     bandwidth = read_bandwidth(rig.device)
@@ -69,12 +69,12 @@ def run(config: EngineConfig, options: BenchOptions) -> Result:
                 for row in measure_rows(rig, batch, context, counts, bandwidth):
                     rows.append(row)
                     print(line(cells(row)), flush=True)
-    except TokensDiffer as error:
+    except VariantsDiffer as error:
         difference = str(error)
         print(f"error: {difference}", file=sys.stderr)
     data = rig.setting() | {"bandwidth": bandwidth, "layers": counts}
     data["rows"] = [asdict(r) | {"tokens_per_s": r.tokens_per_s, "mbu": r.mbu} for r in rows]
-    return Result(rig.config.device, data | {"tokens_differ": difference}, difference is None)
+    return Result(rig.config.device, data | {"difference": difference}, difference is None)
 
 
 def layer_counts(rig: Rig, given: tuple[int, int] | None) -> tuple[int, ...]:
@@ -99,7 +99,7 @@ def measure_rows(
     counts: tuple[int, ...],
     bandwidth: float,
 ) -> Iterator[Row]:
-    """A row a variant; raises TokensDiffer at the first one whose tokens are not the first's."""
+    """A row a variant; raises VariantsDiffer at one that decodes otherwise than the first."""
     step = rig.first_step(batch, context)
     distinct = distinct_experts(rig.build_model("eager", counts[-1]), step, batch)
     floors = [floor_us(rig, layers, batch, context, distinct, bandwidth) for layers in counts]
@@ -111,9 +111,9 @@ def measure_rows(
         for layers in counts:
             decoded = decode(start(rig, variant, layers, batch, context), batch, rig.steps)
             want = reference.setdefault(layers, decoded)
-            if (difference := first_difference(want.tokens, decoded.tokens)) is not None:
-                raise TokensDiffer(
-                    f"tokens differ: {variant} and {rig.variants[0]} at batch {batch}, context "
+            if (difference := first_difference(want, decoded)) is not None:
+                raise VariantsDiffer(
+                    f"variants differ: {variant} and {rig.variants[0]} at batch {batch}, context "
                     f"{context}, {layers} layers: {difference}"
                 )
             us.append(statistics.median(decoded.us))

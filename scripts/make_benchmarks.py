@@ -59,8 +59,8 @@ def steps_table(result: Result) -> str:
     ]  # fmt: skip
     text = f"Memory read at {number(result['bandwidth'] / 1e9, 0)} GB/s; "
     text += f"{' and '.join(map(str, result['layers']))} layers; {result['replays']} replays; "
-    differ = result["tokens_differ"]
-    text += "tokens of all variants are equal." if differ is None else f"**{differ}**."
+    differ = result["difference"]
+    text += "all variants decode the same, bit by bit." if differ is None else f"**{differ}**."
     return f"{text}\n\n{table(headings.split(', '), rows)}"
 
 
@@ -180,7 +180,7 @@ def readme_table(results: Sequence[tuple[Path, Result]]) -> str:
     headings = "model, batch, context, variant, tokens/s, us a step, us a layer, floor, MBU"
     rows = []
     for _, result in results:
-        if result["kind"] != "table" or result["tokens_differ"] is not None:
+        if result["kind"] != "table" or result["difference"] is not None:
             continue
         last = {(row["batch"], row["context"]): row for row in result["rows"]}
         rows += [

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from minidsv import bench_table
-from minidsv.bench_table import TokensDiffer
+from minidsv.bench_table import VariantsDiffer
 from minidsv.bench_timing import read_bandwidth, times_us
 from minidsv.bench_wall import WallRow, replay_us
 from minidsv.bench_wall import line as wall_line
@@ -30,7 +30,7 @@ def test_the_table(
     assert (result["kind"], result["model"], result["layers"]) == ("table", "configs/tiny", [2, 5])
     assert (result["device"][-3:], result["driver"], result["replays"]) == ("CPU", None, 2)
     assert result["command"].startswith("minidsv bench --load-format random")
-    assert result["tokens_differ"] is None
+    assert result["difference"] is None
     rows = result["rows"]
     assert [(r["batch"], r["context"]) for r in rows] == [(1, 40), (1, 100), (2, 40), (2, 100)]
     for row, printed in zip(rows, lines[2:], strict=False):
@@ -41,18 +41,18 @@ def test_the_table(
     assert rows[0]["distinct_experts"] == 2 < rows[2]["distinct_experts"] <= 4
 
 
-def test_the_command_fails_if_tokens_differ(
+def test_the_command_fails_if_variants_differ(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def differ(*_: Any) -> Iterator[Any]:
-        raise TokensDiffer("tokens differ: planted")
+        raise VariantsDiffer("variants differ: planted")
         yield
 
     monkeypatch.setattr(bench_table, "measure_rows", differ)
     code, out, err = run_bench(monkeypatch, capsys, *TINY, "--batch", "1", "--context", "9")
     assert code == 1
-    assert err == "error: tokens differ: planted\n"
-    assert json.loads(out.splitlines()[-1])["tokens_differ"] == "tokens differ: planted"
+    assert err == "error: variants differ: planted\n"
+    assert json.loads(out.splitlines()[-1])["difference"] == "variants differ: planted"
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from minidsv import LLM, SamplingParams, bench_decode, bench_table
 from minidsv.batch import StepBatch
 from minidsv.bench_decode import (
     CountedMoE,
+    Decoded,
     Stepper,
     decode,
     distinct_experts,
@@ -21,7 +22,7 @@ from minidsv.bench_decode import (
     first_difference,
 )  # fmt: skip
 from minidsv.bench_rig import Rig
-from minidsv.bench_table import TokensDiffer, cells, floor_us, layer_counts, measure_rows
+from minidsv.bench_table import VariantsDiffer, cells, floor_us, layer_counts, measure_rows
 from minidsv.config import ModelConfig
 from minidsv.errors import ConfigError
 from minidsv.graph import DecodeGraphs
@@ -79,11 +80,11 @@ def test_distinct_experts_are_counted(rig: Rig, monkeypatch: pytest.MonkeyPatch)
     layers = rig.model.num_hidden_layers
     plain, counted = (rig.build_model("eager", layers) for _ in range(2))
     monkeypatch.setattr("minidsv.moe.grouped_topk", record)
-    want = eager(plain, rig.first_step(3, 60))
+    want, _ = eager(plain, rig.first_step(3, 60))
     mean = sum(len(ids[:2].unique()) for ids in chosen) / len(chosen)
     assert distinct_experts(counted, rig.first_step(3, 60), 2, steps=1) == mean
     assert sum(isinstance(layer.mlp, CountedMoE) for layer in counted.layers) == len(chosen) // 2
-    assert torch.equal(eager(counted, rig.first_step(3, 60)), want)
+    assert torch.equal(eager(counted, rig.first_step(3, 60))[0], want)
 
 
 def test_without_experts(rig: Rig) -> None:
@@ -137,19 +138,19 @@ def test_a_variant_that_differs_is_named(
     def broken(rig: Rig, variant: str, *rest: Any) -> Stepper:
         run, step = original(rig, variant, *rest)
 
-        def run_wrongly() -> Tensor:
-            ids = run().clone()
+        def run_wrongly() -> tuple[Tensor, Tensor]:
+            ids, logits = run()
             replays.append(variant)
             if replays.count("graph+pdl") == 10:
-                ids[1] += 1
-            return ids
+                ids = ids + torch.tensor([0, 1, 0])
+            return ids, logits
 
         return Stepper(run_wrongly, step)
 
     monkeypatch.setattr(bench_table, "start", broken)
     rows = measure_rows(replace(rig, variants=("eager", "graph", "graph+pdl")), 3, 60, (2,), 1e9)
     assert [next(rows).variant, next(rows).variant] == ["eager", "graph"]
-    with pytest.raises(TokensDiffer) as raised:
+    with pytest.raises(VariantsDiffer) as raised:
         next(rows)
     assert "graph+pdl and eager at batch 3, context 60, 2 layers: step 9, request 1" in str(
         raised.value
@@ -157,11 +158,19 @@ def test_a_variant_that_differs_is_named(
 
 
 def test_first_difference() -> None:
-    one = torch.arange(12).view(4, 3)
-    assert first_difference(one, one.clone()) is None
-    other = one.clone()
+    tokens, logits = torch.arange(12).view(4, 3), torch.zeros(3, 5)
+    one = Decoded([], tokens, logits)
+    assert first_difference(one, Decoded([], tokens.clone(), logits.clone())) is None
+    other = tokens.clone()
     other[2, 1], other[3, 0] = 99, 98
-    assert first_difference(one, other) == "step 2, request 1: 7 and 99"
+    assert first_difference(one, Decoded([], other, logits)) == (
+        "step 2, request 1: tokens 7 and 99"
+    )
+    bits = logits.clone()
+    bits[2, 4] = -0.0
+    assert first_difference(one, Decoded([], tokens, bits)) == (
+        "last step, request 2, token 4: logits 0.0 and -0.0"
+    )
 
 
 def test_floor(rig: Rig) -> None:

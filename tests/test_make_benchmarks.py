@@ -54,7 +54,7 @@ ROW = {
 }  # fmt: skip
 TABLE = {
     "kind": "table", **ABOUT, "bandwidth": 3.017e12, "layers": [2, 5], "replays": 200,
-    "tokens_differ": None,
+    "difference": None,
     "rows": [ROW, ROW | {"variant": "graph+prefetch", "us": 1200.0, "us_layer": 255.5,
                          "floor_us_layer": 201.0, "saved_us_launch": 0.346}],
 }  # fmt: skip
@@ -68,7 +68,10 @@ def test_decode_steps(tree: Path) -> None:
         "NVIDIA H100, driver 580.1, torch 2.11, triton 3.6, commit abc, 2026-01-02 03:04 UTC: "
         "`minidsv bench --x`" in page
     )
-    assert "Memory read at 3,017 GB/s; 2 and 5 layers; 200 replays; tokens of all variants" in page
+    assert (
+        "Memory read at 3,017 GB/s; 2 and 5 layers; 200 replays; all variants decode the same"
+        in page
+    )
     first = "| 8 | 4096 | graph | 6,480.0 | 1,234.6 | 1,000.0 | 81.0 % | - | - | 0.00 | 57.2 |"
     assert first in page
     assert "| 255.5 | 201.0 | 0.35 | 57.2 |" in page
@@ -78,10 +81,10 @@ def test_decode_steps(tree: Path) -> None:
     assert readme.endswith("\nrest\n")
 
 
-def test_a_run_whose_tokens_differ_is_no_figure(tree: Path) -> None:
-    add(tree, "a.json", TABLE | {"tokens_differ": "tokens differ: somewhere"})
+def test_a_run_whose_variants_differ_is_no_figure(tree: Path) -> None:
+    add(tree, "a.json", TABLE | {"difference": "variants differ: somewhere"})
     page, readme = generated(tree)
-    assert "**tokens differ: somewhere**" in page
+    assert "**variants differ: somewhere**" in page
     assert make_benchmarks.NOTHING in readme
 
 
