@@ -14,6 +14,7 @@ import torch
 
 from minidsv.bench_options import BenchOptions
 from minidsv.engine_config import EngineConfig
+from minidsv.errors import ConfigError
 
 
 class Result(NamedTuple):
@@ -27,12 +28,15 @@ class Result(NamedTuple):
 def run(config: EngineConfig, options: BenchOptions) -> int:
     """Measure, print, write the JSON; the exit status. Raises MinidsvError on bad input."""
     options.check_engine(config)
+    for name, file in (("json", options.json), ("plot", options.plot)):
+        if file is not None and not Path(file).absolute().parent.is_dir():
+            raise ConfigError(f"{name}: {file} is not in a folder that exists")
     subject = import_module(f"minidsv.bench_{options.subject}")
     result: Result = subject.run(config, options)
     text = json.dumps({"kind": options.subject, **provenance(result.device), **result.data})
+    print(text)
     if options.json is not None:
         Path(options.json).write_text(text + "\n")
-    print(text)
     return 0 if result.is_sound else 1
 
 

@@ -79,6 +79,9 @@ def test_the_command_fails_if_variants_differ(
         (["--wall", "--context", "9", "--batch", "5", "--num-pages", "4"], "take 5 pages, and"),
         (["--wall", "--context", "505"], "max_tokens"),
         (["--model", "/nowhere"], "/nowhere"),
+        (["--json", "/nowhere/a.json"], "json: /nowhere/a.json"),
+        (["--profile", "--plot", "/nowhere/a.png"], "plot: /nowhere/a.png"),
+        (["--max-num-batched-tokens", "64"], "max_num_batched_tokens: 64"),
     ],
 )
 def test_refusals(
