@@ -56,20 +56,32 @@ def test_logits(
 @pytest.mark.parametrize(("kv", "index"), CACHES)
 def test_retrieval_with_pdl_and_without(kv: str, index: str) -> None:
     """The bundled model past index_topk, batches that grow and shrink: the same tokens, right."""
-    answers = {}
-    for pdl in ("on", "off"):
-        llm = LLM(pdl=pdl, kv_cache_dtype=kv, index_cache_dtype=index, num_pages=300, **ON_CUDA)
-        tokenizer = llm.engine.tokenizer
-        questions = eval_questions(
-            "retrieval_open", 40, 3, 384, lambda text, t=tokenizer: len(t.encode(text)) - 1
-        )
-        outputs = llm.generate([q.prompt for q in questions], SamplingParams(max_tokens=8))
-        answers[pdl] = [o.outputs[0].token_ids for o in outputs]
-    right = sum(
-        tokenizer.decode(a) == q.answer for a, q in zip(answers["on"], questions, strict=True)
+    options = {"kv_cache_dtype": kv, "index_cache_dtype": index}
+    on, off = (
+        retrieved(LLM(pdl=pdl, num_pages=300, **ON_CUDA, **options)) for pdl in ("on", "off")
     )
-    assert answers["on"] == answers["off"]
+    assert on == off
+
+
+def retrieved(llm: LLM) -> list[list[int]]:
+    """Tokens of the answers to 40 questions, nearly all right."""
+    tokenizer = llm.engine.tokenizer
+    questions = eval_questions("retrieval_open", 40, 3, 384, lambda t: len(tokenizer.encode(t)) - 1)
+    outputs = llm.generate([q.prompt for q in questions], SamplingParams(max_tokens=8))
+    answers = [o.outputs[0].token_ids for o in outputs]
+    right = sum(tokenizer.decode(a) == q.answer for a, q in zip(answers, questions, strict=True))
     assert right >= 37, f"{right} of 40"
+    return answers
+
+
+def test_flashinfer_in_the_engine() -> None:
+    """Its mla_rope_quantize_fp8 under backend="flashinfer", over the flat cache, eager and in a
+    graph: the tokens of ours."""
+    pytest.importorskip("flashinfer")
+    options = {"device": "cuda", "kv_cache_dtype": "fp8_flat", "num_pages": 300}
+    ours = retrieved(LLM(backend="triton", cuda_graph="off", **options))
+    for graph in ("off", "on"):
+        assert retrieved(LLM(backend="flashinfer", cuda_graph=graph, **options)) == ours
 
 
 def decode_step(tokens: list[int], at: int) -> StepBatch:
