@@ -114,7 +114,9 @@ class Engine:
     def add(self, request: Request) -> None:
         """Queue a request made by `make_requests`."""
         self._texts[request] = OutputText(
-            self.tokenizer.stream(request.prompt_token_ids), request.params.stop_strings
+            self.tokenizer.stream(request.prompt_token_ids),
+            request.params.stop_strings,
+            request.params.include_stop_str_in_output,
         )
         self.scheduler.add(request)
 
@@ -226,6 +228,8 @@ class Engine:
         may_stop = len(request.output_token_ids) > params.min_tokens
         if may_stop and token in (params.stop_token_ids or ()):
             request.stop_reason = token
+            if params.include_stop_str_in_output:
+                text.push(token, may_stop=False)
             self._finish(request, "stop")
         elif may_stop and token in self.eos_token_ids and not params.ignore_eos:
             self._finish(request, "stop")

@@ -6,17 +6,22 @@ from minidsv.tokenizer import DetokenizerStream
 
 
 class OutputText:
-    """Grows by tokens, is cut at the first stop string, and is handed out piece by piece."""
+    """Grows by tokens, is cut at the first stop string, and is handed out piece by piece.
 
-    def __init__(self, stream: DetokenizerStream, stop_strings: Sequence[str]):
+    The cut is before the stop string, or behind it if `include_stop`.
+    """
+
+    def __init__(
+        self, stream: DetokenizerStream, stop_strings: Sequence[str], include_stop: bool = False
+    ):
         self.text = ""
         self._stream, self._stop_strings = stream, stop_strings
+        self._include_stop = include_stop
         self._held = max(map(len, stop_strings), default=1) - 1  # may become a stop string yet
         self._released = 0
 
     def push(self, token_id: int, may_stop: bool) -> str | None:
-        """Append a token's text; returns the stop string that it completes, cut off with what
-        follows.
+        """Append a token's text; returns the stop string that it completes, where the text is cut.
 
         Only text that this token brought can complete one; of several, the first to end counts.
         """
@@ -31,8 +36,8 @@ class OutputText:
                 matches.append((at + len(stop), at, stop))
         if not matches:
             return None
-        _, at, stop = min(matches)
-        self.text = self.text[:at]
+        end, at, stop = min(matches)
+        self.text = self.text[: end if self._include_stop else at]
         self._stream.flush()
         return stop
 

@@ -42,6 +42,7 @@ class SamplingParams:
     stop            strings that end the text, before them (one string or a list); they may cross
                     tokens
     stop_token_ids  tokens that end the text, beside the model's EOS (at most 128)
+    include_stop_str_in_output  leave the stop string, or the stop token's text, in the text
     ignore_eos      go on past EOS
     min_tokens      before so many tokens neither EOS, stop tokens nor stop strings end the text
     logprobs        report this many best tokens at each output position, plus the sampled one
@@ -65,6 +66,7 @@ class SamplingParams:
     seed: int | None = None
     stop: str | Sequence[str] | None = None
     stop_token_ids: Sequence[int] | None = None
+    include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     min_tokens: int = 0
     logprobs: int | None = None
@@ -89,7 +91,7 @@ class SamplingParams:
         _check_number("frequency_penalty", self.frequency_penalty, -MAX_PENALTY, MAX_PENALTY)
         _check_number("repetition_penalty", self.repetition_penalty, 1 / MAX_NUMBER)
         self._check_bias()
-        for name in ("ignore_eos", "return_indexer_topk"):
+        for name in ("ignore_eos", "include_stop_str_in_output", "return_indexer_topk"):
             if not isinstance(getattr(self, name), bool):
                 raise RequestError(name, f"{getattr(self, name)!r} is not true or false")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:

@@ -18,7 +18,6 @@ from minidsv.server.openai_request import (
     UNSUPPORTED,
     OpenAIRequest,
     prompt_logprobs,
-    stop_text,
     usage,
 )
 from minidsv.server.protocol import MAX_LOGPROBS, Flag, Integer, Unsupported, finite
@@ -194,8 +193,7 @@ class ChatChoice:
 
     def whole(self) -> dict[str, Any]:
         """The finished choice."""
-        text = self.request.text + stop_text(self._body, self.request, self._tokenizer)
-        message = {"role": "assistant"} | self._message(self._prompt.split(text))
+        message = {"role": "assistant"} | self._message(self._prompt.split(self.request.text))
         return self._choice("message", message, len(self.request.output_token_ids), True)
 
     def chunks(self, output: StepOutput) -> Iterator[dict[str, Any]]:
@@ -206,10 +204,7 @@ class ChatChoice:
             first = self.request.index == 0
             shown = prompt_fields(self._body, self.request) if first else {}
             yield {"choices": [opening], **shown}
-        text = output.text
-        if output.finished:
-            text += stop_text(self._body, self.request, self._tokenizer)
-        split = self._splitter.push(text)
+        split = self._splitter.push(output.text)
         if output.finished:
             rest = self._splitter.finish()
             split = Split(split.reasoning + rest.reasoning, split.content + rest.content)

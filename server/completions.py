@@ -18,7 +18,6 @@ from minidsv.server.openai_request import (
     UNSUPPORTED,
     OpenAIRequest,
     prompt_logprobs,
-    stop_text,
     usage,
 )
 from minidsv.server.protocol import Flag, Integer, Unsupported, check_unicode, finite
@@ -178,8 +177,6 @@ class Choice:
         first, self.num_tokens = self.num_tokens, self.num_tokens + num_tokens
         starts, self._begun = not self._begun, True
         echo = bool(body.echo) and starts
-        if finished:
-            text += stop_text(body, request, self.tokenizer)
         part = {
             "index": self.index,
             "text": (request.prompt or "") + text if echo else text,

@@ -22,7 +22,6 @@ from minidsv.server.protocol import (
     given,
     validation_reason,
 )
-from minidsv.tokenizer import Tokenizer
 
 # Of OpenAI, vLLM and SGLang, on both routes.
 UNSUPPORTED: Unsupported = {
@@ -131,14 +130,6 @@ class OpenAIRequest(Body):
         if self.seed is not None:
             values["seed"] = self.seed & MAX_INT
         return {"temperature": 1.0} | values
-
-
-def stop_text(body: OpenAIRequest, request: Request, tokenizer: Tokenizer) -> str:
-    """What ended a finished request's text, where the body wants to see it."""
-    reason = request.stop_reason
-    if not body.include_stop_str_in_output or reason is None:
-        return ""
-    return reason if isinstance(reason, str) else tokenizer.decode([reason])
 
 
 def usage(prompts: Sequence[Request], completion_tokens: int) -> dict[str, Any]:

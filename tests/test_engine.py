@@ -82,6 +82,18 @@ def test_stop_strings(
         assert output.stop_reason in ([stop] if isinstance(stop, str) else stop)
 
 
+@pytest.mark.parametrize(("stop", "want"), [("three", "one two three"), (["five", "wo th"], None)])
+def test_stop_strings_are_kept_on_request(
+    stop: str | list[str], want: str | None, llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, text = scripted(llm, monkeypatch, TEXT, stop=stop, include_stop_str_in_output=True)
+    assert output.text == text == (want or "one two th")
+    ids = llm.engine.tokenizer.encode(TEXT)[1:]
+    token = {"stop_token_ids": [ids[2]], "include_stop_str_in_output": True}
+    output, text = scripted(llm, monkeypatch, TEXT, **token)
+    assert output.text == text == llm.engine.tokenizer.decode(ids[:3])
+
+
 def test_a_stop_string_over_many_tokens(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     letters = [llm.engine.tokenizer.encode(letter)[1] for letter in "abcabcdabcde"]
     output, text = scripted(llm, monkeypatch, letters, stop="abcde")

@@ -1,7 +1,6 @@
 """Decode graphs and steps launched ahead, on the CPU: what runs is what would be captured."""
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from minidsv.kernels.constants import PAGE_SIZE
 from minidsv.request import Request
 from minidsv.runner import LaunchedStep
 from minidsv.scheduler import Chunk
-from served import metrics, serving
 
 TOPK = 48
 FAMILIES = ("dsv32", "glm")
@@ -270,25 +268,6 @@ def test_pages_of_decoded_tokens_are_cached_once_these_are_known(
         follow_up = [*first.prompt_token_ids, *first.outputs[0].token_ids, 9, 10]
         cached.append(llm.generate([follow_up], SamplingParams(max_tokens=2))[0].num_cached_tokens)
     assert cached == [128, 128]
-
-
-def test_the_server_over_it() -> None:
-    """Concurrent answers are those of the plain engine, and /metrics tells what ran on graphs."""
-    sampling = {"max_new_tokens": 24, "ignore_eos": True, "temperature": 1.0}
-    bodies = [
-        {"input_ids": list(p), "sampling_params": sampling | {"sampling_seed": seed}}
-        for seed, p in enumerate(PROMPTS)
-    ]
-    with serving(max_model_len=600) as served:
-        want = [served.generate(**body).json()["text"] for body in bodies]
-    with serving(max_model_len=600) as served, ThreadPoolExecutor(len(bodies)) as pool:
-        emulate_gpu(served.engine)
-        got = [r.json()["text"] for r in pool.map(lambda body: served.generate(**body), bodies)]
-        count = metrics(served)
-    assert got == want
-    assert count["generation_tokens_total"] == 24 * len(bodies)
-    assert count["cuda_graph_steps_total"] == count["decode_steps_total"] >= 23
-    assert count["cuda_graph_padding_rows_total"] < count["cuda_graph_rows_total"]
 
 
 def test_an_emulated_graph_forgets(checkpoints: dict[str, Path]) -> None:
