@@ -33,7 +33,7 @@ def run(config: EngineConfig, options: BenchOptions) -> Result:
     graphs = []
     with recorded_launches() as launches:
         for batch in options.batches:
-            for context in options.contexts:
+            for context in options.contexts or rig.bounds:
                 graphs.append(report_graph(rig, batch, context, driver, ours))
     ran = check_ran(launches.values(), os.cpu_count() or 1)
     print(report_ran(ran), flush=True)

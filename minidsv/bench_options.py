@@ -7,6 +7,7 @@ from minidsv.engine_config import EngineConfig
 from minidsv.errors import ConfigError
 
 VARIANTS = ("eager", "graph", "graph+seed", "graph+pdl", "graph+prefetch")
+CONTEXTS = (4096, 65536)
 REPLAYS = 200
 SUBJECTS = ("graph", "profile", "wall")  # switches; without one, the table of variants
 # The subjects to which an option means something; the others' are common to all.
@@ -36,7 +37,11 @@ class BenchOptions:
     """What to measure. Raises ConfigError on bad values and on options that do not go together."""
 
     batch: str = _option("1,8,64", "requests in a decode step, comma-separated")
-    context: str = _option("4096,65536", "tokens of context, the first one decoded included")
+    context: str | None = _option(
+        None,
+        "tokens of context, the first one decoded included (default: "
+        f"{','.join(map(str, CONTEXTS))}; of graphs: the largest of each path)",
+    )
     variants: str | None = _option(None, f"of {', '.join(VARIANTS)}; default: all that run here")
     replays: int | None = _option(None, f"timed steps of each measurement (default: {REPLAYS})")
     layers: str | None = _option(None, "two layer counts, whose difference prices a layer")
@@ -72,6 +77,9 @@ class BenchOptions:
 
     @property
     def contexts(self) -> tuple[int, ...]:
+        """Of graphs the default is (): one of each path."""
+        if self.context is None:
+            return () if self.graph else CONTEXTS
         return _integers("context", self.context)
 
     @property

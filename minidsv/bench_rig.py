@@ -53,7 +53,7 @@ class Rig:
     weights: dict[str, Weight]
     cache: KVCache
     pages: Tensor  # int64, all pages of the pool but the dummy, in the order of their use
-    steps: int  # that a measurement decodes
+    steps: int  # that a measurement decodes; 0: only graphs are captured, which need no pages
     variants: tuple[str, ...]  # to measure
 
     @classmethod
@@ -61,18 +61,21 @@ class Rig:
         """Load, allocate, fill. Raises ConfigError, CheckpointError."""
         model = ModelConfig.from_path(model_path(config))
         config = resolve(config, model)
-        steps, device = WARMUP + options.timed_steps, torch.device(config.device)
+        device = torch.device(config.device)
+        steps = 0 if options.subject == "graph" else WARMUP + options.timed_steps
         _check_lengths(config, options, steps)
         variants = settle_variants(config, options)
         if device.type == "cuda":
             torch.cuda.set_device(device)
         weights = _load(config, model)
         limit_threads(config.device, sum(weight.nbytes for weight in weights.values()))
-        needed = [b * pages_for(c + steps) for b in options.batches for c in options.contexts]
-        cache = _allocate(config, model, max(needed) + 1)
+        needed = 0
+        if steps:
+            needed = max(options.batches) * pages_for(max(options.contexts) + steps)
+        cache = _allocate(config, model, needed + 1)
         generator = torch.Generator(device).manual_seed(config.seed)
         fill_cache(model, cache, generator)
-        pages = torch.randperm(max(needed), generator=generator, device=device)
+        pages = torch.randperm(needed, generator=generator, device=device)
         return cls(config, model, weights, cache, pages, steps, variants)
 
     @property
@@ -126,11 +129,15 @@ class Rig:
         flashinfer = self.config.backend == "flashinfer"
         return Operators(MODES[variant], "flashinfer" if flashinfer else "triton")
 
-    def bound(self, context: int) -> int:
-        """The largest context of the engine's path that holds a whole measurement."""
+    @property
+    def bounds(self) -> tuple[int, ...]:
+        """The largest contexts of the engine's paths."""
         assert self.config.max_model_len is not None
-        bounds = context_bounds(self.model.index_topk, self.config.max_model_len)
-        return next(bound for bound in bounds if bound >= context + self.steps)
+        return context_bounds(self.model.index_topk, self.config.max_model_len)
+
+    def bound(self, context: int) -> int:
+        """That of the path which holds a whole measurement."""
+        return next(bound for bound in self.bounds if bound >= context + self.steps)
 
     def first_step(self, batch: int, context: int) -> StepBatch:
         """Each request decodes its first token as the context's last; tokens are random."""
@@ -201,11 +208,11 @@ def _missing(config: EngineConfig, variant: str) -> str | None:
 
 def _check_lengths(config: EngineConfig, options: BenchOptions, steps: int) -> None:
     assert config.max_model_len is not None
-    longest = max(options.contexts) + steps
-    if longest > config.max_model_len:
+    longest = max(options.contexts, default=0)
+    if longest + steps > config.max_model_len:
+        after = f" and the {steps} tokens decoded after it" if steps else ""
         raise ConfigError(
-            f"context: {max(options.contexts)} and the {steps} tokens decoded after it are more "
-            f"than max_model_len {config.max_model_len}"
+            f"context: {longest}{after} are more than max_model_len {config.max_model_len}"
         )
 
 

@@ -62,6 +62,7 @@ def test_the_command_fails_if_variants_differ(
         (["--batch", "0"], "batch: '0'"),
         (["--context", "4k"], "context: '4k'"),
         (["--context", "510"], "context: 510 and the 10 tokens"),
+        (["--replays", "504"], "context: 40 and the 512 tokens"),
         (["--variants", "fast"], "variants: 'fast'"),
         (["--variants", "graph"], "variants: 'graph' needs our kernels"),
         (["--replays", "0"], "replays: 0"),

@@ -104,3 +104,22 @@ def test_variants(
     with pytest.raises(ConfigError) as raised:
         settle_variants(config, options)
     assert variants in str(raised.value)
+
+
+def test_contexts() -> None:
+    """Without any given, of graphs one a path of the engine's."""
+    assert BenchOptions().contexts == (4096, 65536)
+    assert BenchOptions(wall=True, context="7").contexts == (7,)
+    assert BenchOptions(graph=True).contexts == ()
+    assert BenchOptions(graph=True, context="7,8").contexts == (7, 8)
+
+
+def test_a_graph_needs_no_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the dummy; its path is the first that holds the context."""
+    monkeypatch.setattr("minidsv.bench_rig._missing", lambda config, variant: None)
+    options = BenchOptions(graph=True, batch="64")
+    rig = Rig.build(EngineConfig(device="cpu", max_model_len=512), options)
+    assert (len(rig.cache.latent[0]), rig.dummy_page, rig.steps) == (PAGE_SIZE, 0, 0)
+    topk = rig.model.index_topk
+    assert rig.bounds == (topk, 512)
+    assert [rig.bound(context) for context in (1, topk, topk + 1, 512)] == [topk, topk, 512, 512]
