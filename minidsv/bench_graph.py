@@ -14,6 +14,7 @@ from minidsv.bench_driver import cuda_driver, read_graph
 from minidsv.bench_nodes import GraphReport, analyse, launches_of_a_layer, lines
 from minidsv.bench_options import BenchOptions
 from minidsv.bench_rig import Rig
+from minidsv.bench_variants import operators
 from minidsv.config import ModelConfig
 from minidsv.engine_config import EngineConfig
 from minidsv.kv_cache import KVCache
@@ -97,4 +98,4 @@ def stacked(rig: Rig, layers: Sequence[int]) -> DeepseekV32:
             if name.startswith(prefix)
         }
     mine = KVCache([cache.latent[i] for i in layers], [cache.index[i] for i in layers])
-    return DeepseekV32(config, weights, mine, rig.operators(rig.variants[0]))
+    return DeepseekV32(config, weights, mine, operators(rig.config, rig.variants[0]))

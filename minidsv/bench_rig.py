@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minidsv.backend import device_name
 from minidsv.batch import StepBatch
-from minidsv.bench_options import VARIANTS, BenchOptions
+from minidsv.bench_options import BenchOptions
+from minidsv.bench_variants import operators, settle_variants
 from minidsv.block_manager import pages_for
 from minidsv.checkpoint import Weight, fill, load_checkpoint
 from minidsv.config import ModelConfig
@@ -24,10 +24,8 @@ from minidsv.errors import ConfigError
 from minidsv.graph import context_bounds
 from minidsv.kernels.constants import PAGE_SIZE
 from minidsv.kernels.index_cache import set_index_k_buffer
-from minidsv.kernels.pdl import PdlMode, is_arch_support_pdl
 from minidsv.kernels.set_mla_kv_buffer import set_mla_kv_buffer, set_mla_kv_buffer_fp8_quant
 from minidsv.kv_cache import KVCache, bytes_per_token
-from minidsv.layers import Operators
 from minidsv.model import DeepseekV32
 from minidsv.random_weights import random_tensors
 from minidsv.resolve import resolve
@@ -35,13 +33,6 @@ from minidsv.threads import limit_threads
 
 WARMUP = 8  # steps before those that are timed
 FILL_PAGES = 128  # pages that are filled at a time
-MODES: dict[str, PdlMode] = {
-    "eager": "off",
-    "graph": "off",
-    "graph+seed": "seed",
-    "graph+pdl": "on",
-    "graph+prefetch": "prefetch",
-}
 
 
 @dataclass
@@ -120,14 +111,8 @@ class Rig:
 
     def build_model(self, variant: str, layers: int) -> DeepseekV32:
         """A model over the shared weights and cache."""
-        operators = self.operators(variant)
-        return DeepseekV32(self.truncated(layers), self.weights, self.cache, operators)
-
-    def operators(self, variant: str) -> Operators:
-        if self.config.backend == "torch":
-            return Operators()
-        flashinfer = self.config.backend == "flashinfer"
-        return Operators(MODES[variant], "flashinfer" if flashinfer else "triton")
+        config = self.truncated(layers)
+        return DeepseekV32(config, self.weights, self.cache, operators(self.config, variant))
 
     @property
     def bounds(self) -> tuple[int, ...]:
@@ -173,37 +158,6 @@ def place_rows(step: StepBatch) -> None:
     """Make slot_mapping, in place, that of the rows' positions."""
     page = step.block_table[step.request_index, step.positions // PAGE_SIZE]
     step.slot_mapping.copy_(page * PAGE_SIZE + step.positions % PAGE_SIZE)
-
-
-def settle_variants(config: EngineConfig, options: BenchOptions) -> tuple[str, ...]:
-    """Those asked for, or the subject's default, for a resolved config; raises ConfigError.
-
-    The table takes all that run here, a graph's report the engine's own mode, a profile none with
-    PDL, under which the times of kernels overlap.
-    """
-    missing = {name: _missing(config, name) for name in VARIANTS}
-    if options.subject == "graph":
-        missing["eager"] = "another subject than graph"
-    here = tuple(name for name, reason in missing.items() if reason is None)
-    for name in options.variant_names or ():
-        if missing[name] is not None:
-            raise ConfigError(f"variants: {name!r} needs {missing[name]}; accepted here: {here}")
-    if not here:
-        raise ConfigError(f"graph: needs {missing['graph']}")
-    default = {"graph": here[-1:], "profile": here[:2][-1:]}
-    return options.variant_names or default.get(options.subject, here)
-
-
-def _missing(config: EngineConfig, variant: str) -> str | None:
-    """What a variant lacks here."""
-    if variant == "eager":
-        return None
-    if config.backend == "torch":
-        return f"our kernels on CUDA, and backend is 'torch' on {config.device}"
-    capability = torch.cuda.get_device_capability(config.device)
-    if MODES[variant] == "off" or is_arch_support_pdl(capability):
-        return None
-    return f"capability 9.0, and {device_name(config.device, capability)}"
 
 
 def _check_lengths(config: EngineConfig, options: BenchOptions, steps: int) -> None:

@@ -1,5 +1,6 @@
 """`minidsv bench --graph` without a GPU: layers stacked anew, reports of planted captures."""
 
+import importlib
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,9 @@ from minidsv import bench_graph
 from minidsv.bench_decode import eager
 from minidsv.bench_graph import layer_kinds, report_graph, stacked
 from minidsv.bench_nodes import Edge, Node
+from minidsv.bench_options import BenchOptions
 from minidsv.bench_rig import Rig
+from minidsv.engine_config import EngineConfig
 from minidsv.model import DeepseekV32
 from rigs import STEPS
 
@@ -78,3 +81,40 @@ def test_the_report(
     assert rig.bound(rig.model.index_topk - STEPS) == rig.model.index_topk
     report_graph(rig, 1, rig.model.index_topk - STEPS, "driver", {"_ours"})
     assert "nothing is scored" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("findings", [[], ["PTX 0 waits, want one"]])
+def test_a_binary_that_broke_the_contract(
+    findings: list[str],
+    rig: Rig,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Every path is reported, every launch checked; one finding and the run is not sound."""
+    ran = pytest.importorskip("minidsv.kernels.ran")
+    launch = importlib.import_module("minidsv.kernels.launch")
+    planted = SimpleNamespace(compiled=SimpleNamespace(hash="a"))
+    reported, checked = [], []
+
+    def report(rig: Rig, batch: int, context: int, driver: Any, ours: set[str]) -> dict[str, Any]:
+        launch._OBSERVER.get()(planted, {})
+        assert "_rms_norm_kernel" in ours
+        reported.append((batch, context))
+        return {}
+
+    def check(launches: Any, jobs: int) -> list[Any]:
+        checked.extend(launches)
+        proof = SimpleNamespace(case="_norm[0]")
+        return [SimpleNamespace(findings=findings, proof=proof)]
+
+    monkeypatch.setattr(Rig, "build", lambda *_: replace(rig, variants=("graph",), steps=0))
+    monkeypatch.setattr(bench_graph, "cuda_driver", lambda: None)
+    monkeypatch.setattr(bench_graph, "report_graph", report)
+    monkeypatch.setattr(ran, "check_ran", check)
+    monkeypatch.setattr(ran, "report_ran", lambda ran: "the proof")
+    result = bench_graph.run(EngineConfig(), BenchOptions(graph=True, batch="1,8"))
+    assert reported == [(batch, bound) for batch in (1, 8) for bound in rig.bounds]
+    assert checked == [planted]
+    assert result.is_sound == (not findings)
+    assert result.data["findings"] == ({"_norm[0]": findings} if findings else {})
+    assert capsys.readouterr().out.endswith("the proof\n")

@@ -12,7 +12,8 @@ from minidsv.bench_decode import (
     start,
 )  # fmt: skip
 from minidsv.bench_options import BenchOptions
-from minidsv.bench_rig import Rig, fill_cache, settle_variants
+from minidsv.bench_rig import Rig, fill_cache
+from minidsv.bench_variants import settle_variants
 from minidsv.config import ModelConfig
 from minidsv.engine_config import EngineConfig, bundled_model
 from minidsv.errors import ConfigError
@@ -116,7 +117,7 @@ def test_contexts() -> None:
 
 def test_a_graph_needs_no_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     """But for the dummy; its path is the first that holds the context."""
-    monkeypatch.setattr("minidsv.bench_rig._missing", lambda config, variant: None)
+    monkeypatch.setattr("minidsv.bench_variants._missing", lambda config, variant: None)
     options = BenchOptions(graph=True, batch="64")
     rig = Rig.build(EngineConfig(device="cpu", max_model_len=512), options)
     assert (len(rig.cache.latent[0]), rig.dummy_page, rig.steps) == (PAGE_SIZE, 0, 0)
