@@ -1,0 +1,104 @@
+"""What the engine does with a device's memory: weights, activations, CUDA graphs, and pages of
+cache in what is left. Pure functions of the configuration and of how much is free.
+
+    free  =  workspace  +  graphs  +  margin  +  pages * page_bytes
+"""
+
+from dataclasses import dataclass, replace
+
+from minidsv.block_manager import pages_for
+from minidsv.config import ModelConfig
+from minidsv.engine_config import EngineConfig
+from minidsv.errors import ConfigError
+from minidsv.kernels.constants import PAGE_SIZE
+from minidsv.kv_cache import bytes_per_token
+from minidsv.workspace import forward_bytes, workspace_bytes
+
+MARGIN = 0.03  # of a device: kernels loaded later, what its allocator cannot join
+HOST_SHARE = 0.25  # of a host's available memory, which is not ours alone: the most for the pages
+LAUNCHES = 21  # kernels of a layer, at most (docs/DESIGN.md)
+NODE_BYTES = 32 << 10  # of an instantiated graph, a kernel; an assumption on the safe side
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Who gets which bytes of a device."""
+
+    num_pages: int  # for requests
+    dummy_pages: int  # behind them, for the padding rows of CUDA graphs: 0 or 1
+    page_bytes: int  # of all layers
+    weight_bytes: int
+    workspace_bytes: int
+    graph_bytes: int
+    free_bytes: int  # after the weights
+
+    @property
+    def cache_bytes(self) -> int:
+        return (self.num_pages + self.dummy_pages) * self.page_bytes
+
+    def describe(self) -> str:
+        """One line: what takes what of the memory that was free before the weights."""
+        pages = f"({self.num_pages:,} pages of {PAGE_SIZE} tokens)"
+        return (
+            f"weights {size(self.weight_bytes)}, caches {size(self.cache_bytes)} {pages}, "
+            f"workspace {size(self.workspace_bytes)}, graphs {size(self.graph_bytes)} of "
+            f"{size(self.weight_bytes + self.free_bytes)} free"
+        )
+
+
+def plan_memory(
+    model: ModelConfig,
+    config: EngineConfig,
+    *,
+    weight_bytes: int,
+    free_bytes: int,
+    total_bytes: int,
+    num_graphs: int = 0,
+) -> MemoryPlan:
+    """Size the page pool: all of max_num_seqs requests of full length, or what is left.
+
+    `config` is resolved; `free_bytes` of the device's `total_bytes` are free beside the loaded
+    weights, and `num_graphs` CUDA graphs will be captured, of at most max_num_seqs tokens. Raises
+    ConfigError, with the numbers, if a given num_pages or a single page does not fit.
+    """
+    assert config.max_model_len is not None
+    plan = MemoryPlan(
+        num_pages=config.num_pages or config.max_num_seqs * pages_for(config.max_model_len),
+        dummy_pages=1 if num_graphs else 0,
+        page_bytes=PAGE_SIZE
+        * bytes_per_token(model, config.kv_cache_dtype, config.index_cache_dtype),
+        weight_bytes=weight_bytes,
+        workspace_bytes=workspace_bytes(model, config),
+        graph_bytes=graph_bytes(model, config, num_graphs),
+        free_bytes=free_bytes,
+    )
+    taken = plan.workspace_bytes + plan.graph_bytes
+    if config.device == "cpu":
+        left = int(free_bytes * HOST_SHARE)
+    else:
+        left = free_bytes - taken - int(MARGIN * total_bytes)
+    if config.num_pages is None:
+        affordable = max(1, left // plan.page_bytes - plan.dummy_pages)
+        plan = replace(plan, num_pages=min(plan.num_pages, affordable))
+    else:  # asked for: without the margin, and all of a host
+        left = free_bytes - (0 if config.device == "cpu" else taken)
+    if plan.cache_bytes > left:
+        raise ConfigError(
+            f"num_pages: {plan.num_pages} page{'s' * (plan.num_pages > 1)} of {plan.page_bytes} "
+            f"bytes cannot fit in the {size(max(0, left))} left ({plan.describe()}); accepted: "
+            "fewer, or less of max_num_batched_tokens, max_model_len or max_num_seqs"
+        )
+    return plan
+
+
+def graph_bytes(model: ModelConfig, config: EngineConfig, num_graphs: int) -> int:
+    """One pool with the activations of the largest batch, and every graph's nodes."""
+    if num_graphs == 0:
+        return 0
+    nodes = LAUNCHES * (model.num_hidden_layers + 1)
+    return forward_bytes(model, config, config.max_num_seqs) + num_graphs * nodes * NODE_BYTES
+
+
+def size(nbytes: int) -> str:
+    """ "50.4 GB", "12.3 MB"."""
+    return f"{nbytes / 1e9:,.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:,.1f} MB"
