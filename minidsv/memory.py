@@ -4,6 +4,7 @@ cache in what is left. Pure functions of the configuration and of how much is fr
     free  =  workspace  +  graphs  +  margin  +  pages * page_bytes
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from minidsv.block_manager import pages_for
@@ -24,8 +25,7 @@ NODE_BYTES = 32 << 10  # of an instantiated graph, a kernel; an assumption on th
 class MemoryPlan:
     """Who gets which bytes of a device."""
 
-    num_pages: int  # for requests
-    dummy_pages: int  # behind them, for the padding rows of CUDA graphs: 0 or 1
+    num_pages: int  # for requests; one more is the padding rows'
     page_bytes: int  # of all layers
     weight_bytes: int
     workspace_bytes: int
@@ -34,7 +34,7 @@ class MemoryPlan:
 
     @property
     def cache_bytes(self) -> int:
-        return (self.num_pages + self.dummy_pages) * self.page_bytes
+        return (self.num_pages + 1) * self.page_bytes
 
     def describe(self) -> str:
         """One line: what takes what of the memory that was free before the weights."""
@@ -53,23 +53,22 @@ def plan_memory(
     weight_bytes: int,
     free_bytes: int,
     total_bytes: int,
-    num_graphs: int = 0,
+    graph_sizes: Sequence[int] = (),
 ) -> MemoryPlan:
     """Size the page pool: all of max_num_seqs requests of full length, or what is left.
 
     `config` is resolved; `free_bytes` of the device's `total_bytes` are free beside the loaded
-    weights, and `num_graphs` CUDA graphs will be captured, of at most max_num_seqs tokens. Raises
+    weights, and a CUDA graph will be captured for each of `graph_sizes`, its tokens. Raises
     ConfigError, with the numbers, if a given num_pages or a single page does not fit.
     """
     assert config.max_model_len is not None
     plan = MemoryPlan(
         num_pages=config.num_pages or config.max_num_seqs * pages_for(config.max_model_len),
-        dummy_pages=1 if num_graphs else 0,
         page_bytes=PAGE_SIZE
         * bytes_per_token(model, config.kv_cache_dtype, config.index_cache_dtype),
         weight_bytes=weight_bytes,
         workspace_bytes=workspace_bytes(model, config),
-        graph_bytes=graph_bytes(model, config, num_graphs),
+        graph_bytes=graph_bytes(model, config, graph_sizes),
         free_bytes=free_bytes,
     )
     taken = plan.workspace_bytes + plan.graph_bytes
@@ -78,7 +77,7 @@ def plan_memory(
     else:
         left = free_bytes - taken - int(MARGIN * total_bytes)
     if config.num_pages is None:
-        affordable = max(1, left // plan.page_bytes - plan.dummy_pages)
+        affordable = max(1, left // plan.page_bytes - 1)
         plan = replace(plan, num_pages=min(plan.num_pages, affordable))
     else:  # asked for: without the margin, and all of a host
         left = free_bytes - (0 if config.device == "cpu" else taken)
@@ -91,12 +90,13 @@ def plan_memory(
     return plan
 
 
-def graph_bytes(model: ModelConfig, config: EngineConfig, num_graphs: int) -> int:
-    """One pool with the activations of the largest batch, and every graph's nodes."""
-    if num_graphs == 0:
+def graph_bytes(model: ModelConfig, config: EngineConfig, sizes: Sequence[int]) -> int:
+    """One pool with the activations of the largest, and of each its logits and its nodes."""
+    if not sizes:
         return 0
-    nodes = LAUNCHES * (model.num_hidden_layers + 1)
-    return forward_bytes(model, config, config.max_num_seqs) + num_graphs * nodes * NODE_BYTES
+    nodes = len(sizes) * LAUNCHES * (model.num_hidden_layers + 1)
+    logits = 4 * sum(sizes) * model.vocab_size
+    return forward_bytes(model, config, max(sizes)) + logits + nodes * NODE_BYTES
 
 
 def size(nbytes: int) -> str:

@@ -27,7 +27,7 @@ from peak_memory import PeakMemory
 
 CONFIGS = bundled_model().parent
 CPU = torch.device("cpu")
-H100: dict[str, Any] = {"total_bytes": 85_000_000_000}
+GRAPHS = (1, 2, 4, 8, 16, 24, 32, 48, 64) * 2
 GPU = EngineConfig(
     device="cuda:0",
     dtype="bfloat16",
@@ -53,14 +53,13 @@ def model_config(name: str) -> ModelConfig:
 def plan_slice(free: float = 28.6e9, **options: Any) -> MemoryPlan:
     """The full-size slice on 80 GB: 50.5 GB of weights leave 28.6 of 79.1 GB that are free."""
     config = replace(GPU, **options)
-    graphs = 22 if config.cuda_graph == "on" else 0
     return plan_memory(
         model_config("v32_slice.json"),
         config,
         weight_bytes=50_500_000_000,
         free_bytes=int(free),
-        num_graphs=graphs,
-        **H100,
+        total_bytes=85_000_000_000,
+        graph_sizes=GRAPHS if config.cuda_graph == "on" else (),
     )
 
 
@@ -68,11 +67,13 @@ def test_the_slice_on_80_gb() -> None:
     """64 requests of 65,792 tokens; a step's fullest point is the logits of 8192 tokens."""
     plan = plan_slice(cuda_graph="on")
     assert plan.page_bytes == 64 * 5 * (656 + 132) == 252_160
-    assert (plan.num_pages, plan.dummy_pages) == (64 * 1028, 1)
+    assert plan.num_pages == 64 * 1028
     assert plan.cache_bytes == 65_793 * 252_160
     logits, hidden, slots = 8192 * 129_280 * 4, 8192 * 7168 * 2, 8192 * 2048 * 8
     assert plan.workspace_bytes == int(1.1 * (logits + 6 * hidden + slots + SMALL)) == 5_619_528_499
-    assert plan.graph_bytes < 0.3e9
+    kept = 2 * 199 * 129_280 * 4  # each graph's logits
+    nodes = 18 * 21 * 6 * 32_768
+    assert plan.graph_bytes == forward_bytes(model_config("v32_slice.json"), GPU, 64) + kept + nodes
     assert plan.describe() == (
         "weights 50.5 GB, caches 16.6 GB (65,792 pages of 64 tokens), workspace 5.6 GB, "
         f"graphs {plan.graph_bytes / 1e6:.1f} MB of 79.1 GB free"
@@ -92,7 +93,7 @@ def test_less_memory_means_fewer_pages() -> None:
     """free - workspace - 3 % of the device, in whole pages, less the dummy one."""
     whole = plan_slice(max_model_len=163_840)
     left = 28_600_000_000 - 5_619_528_499 - int(MARGIN * 85_000_000_000)
-    assert (whole.num_pages, whole.dummy_pages, whole.graph_bytes) == (left // 252_160, 0, 0)
+    assert (whole.num_pages, whole.graph_bytes) == (left // 252_160 - 1, 0)
     graphs = plan_slice(max_model_len=163_840, cuda_graph="on")
     assert graphs.num_pages == (left - graphs.graph_bytes) // 252_160 - 1
     assert whole.num_pages * 64 > 65_792 * 8
@@ -124,7 +125,7 @@ def test_the_bundled_model_on_a_host() -> None:
     model, sizes = model_config("tiny"), {"weight_bytes": 10, "total_bytes": 0}
     page = 64 * 5 * 4 * (128 + 64 + 128)
     few = plan_memory(model, HOST, free_bytes=10**9, **sizes)
-    assert (few.page_bytes, few.num_pages, few.dummy_pages) == (page, 250_000_000 // page, 0)
+    assert (few.page_bytes, few.num_pages) == (page, 250_000_000 // page - 1)
     most = plan_memory(model, HOST, free_bytes=10**12, **sizes)
     assert most.num_pages == 64 * 20_480 // 64
     given = plan_memory(model, replace(HOST, num_pages=7), free_bytes=10**7, **sizes)
