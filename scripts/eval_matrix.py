@@ -38,7 +38,7 @@ from minidsv.errors import MinidsvError
 
 REFERENCE = "device=cpu,dtype=float32,kv_cache_dtype=float32,index_cache_dtype=float32,num_pages={}"
 PAGES = 1024  # for 64 requests of at most 650 tokens
-BEGIN, END = "<!-- matrix: written by scripts/eval_matrix.py -->", "<!-- matrix: end -->"
+BEGIN, END = "<!-- begin: eval_matrix.py -->", "<!-- end: eval_matrix.py -->"
 SETTINGS = Settings("loglikelihood", 8, ignore_eos=True)
 HEADINGS = (
     "weights", "latent cache", "indexer cache", "PDL", "graph", "right", "lost, won", "p",
