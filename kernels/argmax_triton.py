@@ -9,13 +9,14 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import cdiv, next_power_of_2
+from triton import cdiv
 
 from minidsv.kernels.launch import KernelSpec, Row, pdl_begin, pdl_end
 from minidsv.kernels.launch_config import launch_config
 from minidsv.kernels.pdl import PdlMode
 from minidsv.kernels.tiles_small import TABLES
 
+MOST_PIECES = 512
 LEAST = tl.constexpr(-(1 << 63))
 
 
@@ -65,10 +66,7 @@ PIECE = KernelSpec(
 )
 MERGE = KernelSpec(
     _argmax_merge_kernel,
-    tuple(
-        Row({"candidates": "*i64:16", "out": "*i64:16", "PIECES": "i32", "BLOCK": block}, 1)
-        for block in (1, 32, 64, 128)
-    ),
+    (Row({"candidates": "*i64:16", "out": "*i64:16", "PIECES": "i32", "BLOCK": MOST_PIECES}, 1),),
 )
 SPECS = (PIECE, MERGE)
 
@@ -79,10 +77,11 @@ def argmax(logits: Tensor, mode: PdlMode) -> Tensor:
     rows, vocab = logits.shape
     tile = launch_config("argmax", rows, (vocab,))
     pieces = cdiv(vocab, tile.block_n)
+    assert pieces <= MOST_PIECES, f"{vocab} ids are more than {MOST_PIECES * tile.block_n}"
     candidates = torch.empty((rows, pieces), dtype=torch.int64, device=logits.device)
     out = torch.empty(rows, dtype=torch.int64, device=logits.device)
     args = {"logits": logits, "candidates": candidates, "stride": logits.stride(0), "V": vocab}
     PIECE.launch((rows, pieces), mode, args | {"BLOCK": tile.block_n}, tile.num_warps)
     merge = {"candidates": candidates, "out": out, "PIECES": pieces}
-    MERGE.launch((rows,), mode, merge | {"BLOCK": next_power_of_2(pieces)}, 1)
+    MERGE.launch((rows,), mode, merge | {"BLOCK": MOST_PIECES}, 1)
     return out

@@ -1,4 +1,4 @@
-"""Whose operators run a resolved configuration: `backend`, `pdl` and the mode of every launch."""
+"""Whose operators run a resolved configuration, and how: `backend`, `pdl`, `cuda_graph`."""
 
 from importlib.util import find_spec
 
@@ -70,6 +70,21 @@ def settle_pdl(config: EngineConfig, capability: Capability | None) -> str:
         return "off" if config.pdl == "off" else "on"
     if config.pdl == "on":
         raise ConfigError(f"pdl: 'on' needs {missing}; accepted here: 'auto', 'off'")
+    return "off"
+
+
+def settle_cuda_graph(config: EngineConfig) -> str:
+    """ "on" or "off" for a config whose backend is settled; raises ConfigError.
+
+    The references read numbers back to the host, which no graph can hold.
+    """
+    if config.backend != "torch":
+        return "off" if config.cuda_graph == "off" else "on"
+    if config.cuda_graph == "on":
+        raise ConfigError(
+            "cuda_graph: 'on' needs our kernels, and backend is 'torch'; accepted here: "
+            "'auto', 'off'"
+        )
     return "off"
 
 

@@ -1,8 +1,12 @@
-"""StepBatch: all the metadata of one step, built by the runner and passed to every forward."""
+"""StepBatch: all the metadata of one step, built by the runner and passed to every forward; and
+StepBuffers, the memory that captured decode steps read it from."""
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
+
+from minidsv.kernels.constants import PAGE_SIZE
 
 
 @dataclass
@@ -38,3 +42,44 @@ class StepBatch:
     logits_index: Tensor | None  # [L] tokens whose logits are wanted; None: all
     max_seq_len: int  # the largest of seq_lens, known on the host
     selections: SelectionRecorder | None = None  # for requests that want to see them
+
+
+class StepBuffers:
+    """The static twin of a decode step's StepBatch, for up to `max_batch` requests of one token.
+
+    Rows beyond a step's own repeat its first one, so that they route to experts that are read
+    anyway, but write to `dummy_page`, which no request owns.
+    """
+
+    def __init__(self, max_batch: int, max_pages: int, dummy_page: int, device: torch.device):
+        def full(value: int) -> Tensor:
+            return torch.full((max_batch,), value, device=device)
+
+        self.dummy_slot = dummy_page * PAGE_SIZE
+        self.input_ids, self.positions, self.seq_lens = full(0), full(0), full(1)
+        self.slot_mapping, self.request_index = full(self.dummy_slot), full(0)
+        self.block_table = torch.full((max_batch, max_pages), dummy_page, device=device)
+
+    def fill(self, step: StepBatch, rows: int) -> None:
+        """Take over a step of one token a request, as `rows` rows."""
+        count, (requests, pages) = len(step.input_ids), step.block_table.shape
+        for name in ("input_ids", "positions", "seq_lens", "slot_mapping", "request_index"):
+            mine, others = getattr(self, name), getattr(step, name)
+            mine[:count].copy_(others)
+            if count < rows:
+                mine[count:rows].copy_(others[:1].expand(rows - count))
+        self.slot_mapping[count:rows].fill_(self.dummy_slot)
+        self.block_table[:requests, :pages].copy_(step.block_table)
+
+    def batch(self, rows: int, max_seq_len: int) -> StepBatch:
+        """The first `rows` rows, to be computed as contexts of up to `max_seq_len` tokens."""
+        return StepBatch(
+            input_ids=self.input_ids[:rows],
+            positions=self.positions[:rows],
+            slot_mapping=self.slot_mapping[:rows],
+            seq_lens=self.seq_lens[:rows],
+            request_index=self.request_index[:rows],
+            block_table=self.block_table[:rows],
+            logits_index=None,
+            max_seq_len=max_seq_len,
+        )

@@ -1,6 +1,7 @@
 """Engine: requests in, tokens and text out, a step at a time. One thread owns it."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from minidsv.output_text import OutputText
 from minidsv.random_weights import random_tensors
 from minidsv.request import Logprob, LogprobDict, Request, SamplingParams
 from minidsv.resolve import resolve
-from minidsv.runner import ModelRunner
+from minidsv.runner import LaunchedStep, ModelRunner
 from minidsv.scheduler import Chunk, Scheduler
 from minidsv.tokenizer import Tokenizer, eos_token_ids
 
@@ -45,6 +46,10 @@ class EngineStats:
     preemptions: int
     prefix_cache_queries: int  # tokens of the requests that looked for a cached prefix
     prefix_cache_hits: int  # those that they found
+    decode_steps: int  # in which every request decoded one token
+    graph_steps: int  # those that replayed a CUDA graph
+    graph_rows: int  # rows that these computed
+    padding_rows: int  # rows of these that were nobody's
 
 
 class Engine:
@@ -74,6 +79,7 @@ class Engine:
             self.config.seed,
         )
         self._texts: dict[Request, OutputText] = {}
+        self._in_flight: LaunchedStep | None = None
         self._prefill_tokens = self._decode_tokens = 0
 
     @property
@@ -118,26 +124,52 @@ class Engine:
             self._finish(request, "abort")
 
     def step(self) -> list[StepOutput]:
-        """Run one step; returns what it brought each request that got a token or ended."""
+        """Run one step; returns what came of it for each request that got a token or ended.
+
+        On a GPU a step is launched before the tokens of the one before it are read, so that the
+        device does not wait for the host: what is returned is then one step old. Only a step that
+        brings more than tokens is read at once. A request that turns out to have ended is computed
+        once more, in vain.
+        """
+        launched = self._launch()
+        earlier, self._in_flight = self._in_flight, launched
+        outputs = [] if earlier is None else self._collect(earlier)
+        if launched is not None and not (self.runner.runs_ahead and launched.only_tokens):
+            self._in_flight = None
+            outputs += self._collect(launched)
+        return outputs
+
+    def _launch(self) -> LaunchedStep | None:
         chunks = self.scheduler.schedule()
         if not chunks:
-            return []
-        result = self.runner.execute(chunks)
+            return None
+        launched = self.runner.execute(chunks)
         self.scheduler.advance(chunks)
+        for chunk in chunks:
+            chunk.request.num_pending_tokens += chunk.samples
         self._count(chunks)
+        return launched
+
+    def _collect(self, launched: LaunchedStep) -> list[StepOutput]:
+        """Read a step's results; requests that have ended since it was launched take nothing."""
+        result, chunks = launched.read(), launched.chunks
+        self.scheduler.commit(chunks)
         for chunk, rows in zip(chunks, result.prompt_logprobs, strict=True):
             chunk.request.prompt_logprobs += [self._logprobs(row) for row in rows]
-        scored = [chunk.request for chunk in chunks if chunk.scores]
-        sampled = [chunk.request for chunk in chunks if chunk.samples]
-        now = time.monotonic()
-        for request, token in zip(sampled, result.token_ids, strict=True):
-            request.output_token_ids.append(token)
-            request.first_token_time = request.first_token_time or now
         for request, selection in result.indexer_topk.items():
             request.indexer_topk.append(selection)
+        now = time.monotonic()
+        scored = [chunk.request for chunk in chunks if chunk.scores]
+        sampled = [chunk.request for chunk in chunks if chunk.samples]
+        for request, token in zip(sampled, result.token_ids, strict=True):
+            request.num_pending_tokens -= 1
+            if request in self._texts:
+                request.output_token_ids.append(token)
+                request.first_token_time = request.first_token_time or now
         return [self._scored(request) for request in scored] + [
             self._output(request, logprobs)
             for request, logprobs in zip(sampled, result.logprobs, strict=True)
+            if request in self._texts
         ]
 
     def prompt_logits(self, token_ids: list[int]) -> Tensor:
@@ -172,9 +204,10 @@ class Engine:
             preemptions=self.scheduler.num_preemptions,
             prefix_cache_queries=pages.prefix_queries,
             prefix_cache_hits=pages.prefix_hits,
+            **vars(self.runner.counts),
         )
 
-    def _count(self, chunks: list[Chunk]) -> None:
+    def _count(self, chunks: Sequence[Chunk]) -> None:
         for chunk in chunks:
             decoding = chunk.num_tokens == 1 and chunk.start >= len(chunk.request.prompt_token_ids)
             self._decode_tokens += decoding

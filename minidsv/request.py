@@ -142,6 +142,12 @@ class SamplingParams:
         return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
 
     @property
+    def needs_host(self) -> bool:
+        """A step's results beside the tokens are reported, or decide about the next tokens."""
+        reports = self.logprobs is not None or self.prompt_logprobs is not None
+        return self.penalizes or reports or self.return_indexer_topk
+
+    @property
     def stop_strings(self) -> tuple[str, ...]:
         if self.stop is None:
             return ()
@@ -216,7 +222,8 @@ class Request:
     num_preemptions: int = 0
     page_ids: "array[int]" = field(default_factory=lambda: array("q"))  # by the block manager,
     page_hashes: list[bytes] = field(default_factory=list)  # of the first full pages, by the same
-    output_token_ids: list[int] = field(default_factory=list)  # set by the engine, as the rest
+    num_pending_tokens: int = 0  # sampled and still on the device; set by the engine, as the rest
+    output_token_ids: list[int] = field(default_factory=list)
     text: str = ""
     logprobs: list[LogprobDict] = field(default_factory=list)
     prompt_logprobs: list[LogprobDict | None] = field(default_factory=lambda: [None])
@@ -228,7 +235,19 @@ class Request:
 
     @property
     def num_tokens(self) -> int:
+        """Tokens that the host knows."""
         return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def num_sampled_tokens(self) -> int:
+        return len(self.output_token_ids) + self.num_pending_tokens
+
+    @property
+    def num_needed_tokens(self) -> int:
+        """Tokens whose keys are needed to go on; a pending one that is the last is not."""
+        if self.num_pending_tokens and self.num_sampled_tokens >= self.max_tokens:
+            return self.num_tokens
+        return self.num_tokens + self.num_pending_tokens
 
     @property
     def wants_prompt_logprobs(self) -> bool:

@@ -5,7 +5,13 @@ from pathlib import Path
 
 import torch
 
-from minidsv.backend import Capability, device_name, settle_backend, settle_pdl
+from minidsv.backend import (
+    Capability,
+    device_name,
+    settle_backend,
+    settle_cuda_graph,
+    settle_pdl,
+)
 from minidsv.config import ModelConfig
 from minidsv.engine_config import EngineConfig
 from minidsv.errors import ConfigError
@@ -23,8 +29,6 @@ def resolve(config: EngineConfig, model: ModelConfig) -> EngineConfig:
 def settle(config: EngineConfig, model: ModelConfig, capability: Capability | None) -> EngineConfig:
     """`resolve` for a device whose CUDA compute capability is known; None stands for no CUDA."""
     on_cpu = config.device == "cpu"
-    if config.cuda_graph == "on":
-        raise ConfigError("cuda_graph: 'on' is not built yet; accepted: 'auto', 'off'")
     kv, index = ("float32",) * 2 if on_cpu else ("bfloat16",) * 2
     if capability is not None and capability >= FP8_CAPABILITY and has_fp8_index_keys(model):
         index = "fp8"
@@ -33,7 +37,6 @@ def settle(config: EngineConfig, model: ModelConfig, capability: Capability | No
         dtype=_auto(config.dtype, "float32" if on_cpu else "bfloat16"),
         kv_cache_dtype=_auto(config.kv_cache_dtype, kv),
         index_cache_dtype=_auto(config.index_cache_dtype, index),
-        cuda_graph="off",
         max_model_len=config.max_model_len or model.max_position_embeddings,
     )
     _check_model_len(resolved, model)
@@ -41,7 +44,9 @@ def settle(config: EngineConfig, model: ModelConfig, capability: Capability | No
     if capability is not None and capability < FP8_CAPABILITY:
         resolved = _without_fp8(resolved, model, capability)
     resolved = replace(resolved, backend=settle_backend(resolved, capability))
-    return replace(resolved, pdl=settle_pdl(resolved, capability))
+    return replace(
+        resolved, pdl=settle_pdl(resolved, capability), cuda_graph=settle_cuda_graph(resolved)
+    )
 
 
 def _check_model_len(config: EngineConfig, model: ModelConfig) -> None:

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from minidsv.kernels.argmax import argmax
+from minidsv.kernels.pdl import PdlMode
 from minidsv.penalties import TokenCounts
 from minidsv.request import Request, SamplingParams
 from minidsv.upload import upload
@@ -28,19 +30,32 @@ _MASK32 = 0xFFFFFFFF
 class Sampler:
     """Chooses tokens for requests; remembers nothing but how often they have used each token."""
 
-    def __init__(self, vocab_size: int, eos_token_ids: Sequence[int], device: torch.device):
+    def __init__(
+        self,
+        vocab_size: int,
+        eos_token_ids: Sequence[int],
+        device: torch.device,
+        pdl: PdlMode | None = None,
+    ):
         self._vocab_size, self._eos_token_ids, self._device = vocab_size, eos_token_ids, device
+        self._pdl = pdl
         self._counts = TokenCounts(vocab_size, device)
 
-    def __call__(self, logits: Tensor, requests: Sequence[Request]) -> Tensor:
-        """logits fp32 [L, vocab], left as they are, one row a request -> token ids int64 [L]."""
+    def __call__(
+        self, logits: Tensor, requests: Sequence[Request], best: Tensor | None = None
+    ) -> Tensor:
+        """logits fp32 [L, vocab], left as they are, one row a request -> token ids int64 [L].
+
+        best [L]: their argmax, where it is known already.
+        """
         edits = Edits.of(requests, self._eos_token_ids, self._vocab_size, self._device)
         if edits is not None:
-            logits = edits.apply(logits)
+            logits, best = edits.apply(logits), None
         penalties = self._counts.penalties(requests)
         if penalties is not None:
-            logits = penalties.apply(logits)
-        best = logits.argmax(-1)
+            logits, best = penalties.apply(logits), None
+        if best is None:
+            best = argmax(logits, self._pdl)
         draws = Draws.of(requests, self._vocab_size, self._device)
         return best if draws is None else torch.where(draws.wanted, draws.choose(logits), best)
 
@@ -65,7 +80,7 @@ class Edits:
         edits: list[tuple[int, int, float]] = []
         for row, request in enumerate(requests):
             params = request.params
-            if len(request.output_token_ids) < params.min_tokens:
+            if request.num_sampled_tokens < params.min_tokens:
                 ends = () if params.ignore_eos else eos_token_ids
                 banned = {*ends, *(params.stop_token_ids or ())}
                 edits += [(row, token, float("-inf")) for token in banned if token < vocab_size]
@@ -115,7 +130,7 @@ class Draws:
             device,
         )
         integers = upload(
-            [top_k, [r.seed for r in requests], [len(r.output_token_ids) for r in requests]],
+            [top_k, [r.seed for r in requests], [r.num_sampled_tokens for r in requests]],
             torch.int64,
             device,
         )

@@ -2,14 +2,17 @@
 served.
 
 A step mixes decode tokens and prefill chunks under one token budget. A request is only ever behind
-by `num_tokens - num_computed_tokens`: one for a decoding request, many for a new or a preempted
-one, so the same loop serves all. A request starts when there are pages for all its tokens, behind
-those that a cached prefix saves it. When pages run out the newest running request is preempted: it
-loses its pages and is computed again later, but for what is still cached by then.
+by `num_needed_tokens - num_computed_tokens`: one for a decoding request, many for a new or a
+preempted one, so the same loop serves all. The next step may be scheduled while the device computes
+this one: its tokens are then needed, but not known yet. A request starts when there are pages for
+all its tokens, behind those that a cached prefix saves it. When pages run out the newest running
+request is preempted: it loses its pages and is computed again later, but for what is still cached
+by then.
 """
 
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -34,7 +37,7 @@ class Chunk:
 
     def __post_init__(self) -> None:
         self.end = self.start + self.num_tokens
-        last = self.end == self.request.num_tokens
+        last = self.end == self.request.num_needed_tokens
         self.samples = last and self.request.max_tokens > 0
         self.scores = last and self.request.max_tokens == 0
 
@@ -67,7 +70,7 @@ class Scheduler:
         request.status = Status.FINISHED
 
     def schedule(self) -> list[Chunk]:
-        """The next step's chunks, with pages for them; empty only without work."""
+        """The next step's chunks, with pages; none if all that runs waits for its last token."""
         budget = _Budget(self.max_num_batched_tokens, MAX_LOGIT_ROWS)
         chunks: list[Chunk] = []
         preempted = False
@@ -75,6 +78,8 @@ class Scheduler:
             if request.status is not Status.RUNNING or budget.tokens == 0:
                 continue
             size = budget.chunk_size(request)
+            if size == 0:
+                continue
             while not self.block_manager.grow(request, request.num_computed_tokens + size):
                 preempted = True
                 if self._preempt_newest() is request:
@@ -83,14 +88,23 @@ class Scheduler:
                 chunks.append(budget.take(request, size))
         if not preempted:
             chunks += self._start(budget)
-        assert chunks or not self.has_work, "requests wait and none can run"
+        pending = any(request.num_pending_tokens for request in self.running)
+        assert chunks or pending or not self.has_work, "requests wait and none can run"
         return chunks
 
-    def advance(self, chunks: list[Chunk]) -> None:
-        """The chunks were computed: their keys are in the cache."""
+    def advance(self, chunks: Sequence[Chunk]) -> None:
+        """The chunks are computed before any later step: their keys are as good as in the cache."""
         for chunk in chunks:
             chunk.request.num_computed_tokens = chunk.end
-            self.block_manager.cache(chunk.request, chunk.start, chunk.end)
+            if chunk.end <= chunk.request.num_tokens:
+                self.block_manager.cache(chunk.request, chunk.start, chunk.end)
+
+    def commit(self, chunks: Sequence[Chunk]) -> None:
+        """Tokens that the chunks began with are known by now: their pages can be cached too."""
+        for chunk in chunks:
+            request = chunk.request
+            if request.status is Status.RUNNING and request.num_computed_tokens >= chunk.end:
+                self.block_manager.cache(request, chunk.start, chunk.end)
 
     def _start(self, budget: "_Budget") -> list[Chunk]:
         """Chunks of waiting requests, in their order, until there are too few pages for one.
@@ -153,7 +167,7 @@ class _Budget:
     logit_rows: int
 
     def chunk_size(self, request: Request) -> int:
-        size = min(request.num_tokens - request.num_computed_tokens, self.tokens)
+        size = min(request.num_needed_tokens - request.num_computed_tokens, self.tokens)
         return min(size, max(1, self.logit_rows)) if request.wants_prompt_logprobs else size
 
     def take(self, request: Request, size: int) -> Chunk:

@@ -1,8 +1,9 @@
 """What the host costs: the real engine, scheduler, detokeniser and server over a model that
-computes nothing. Prints a table, and JSON as its last line.
+computes nothing, on a device that takes its time beside the host, as a GPU does: the engine
+launches a step before it reads the one before. Prints a table, and JSON as its last line.
 
 Two processes: the server, and a client on raw sockets that only counts. Throughput is that of 64
-streams at once; the time added to a token is that of one stream, less what the model pretends to
+streams at once; the time added to a token is that of one stream, less what the device pretends to
 take.
 
     python scripts/bench_host.py --pin        # a core for each process
@@ -18,6 +19,8 @@ import statistics
 import sys
 import time
 import urllib.request
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -29,6 +32,8 @@ from torch import Tensor
 from minidsv.batch import StepBatch
 from minidsv.engine import Engine
 from minidsv.engine_config import EngineConfig
+from minidsv.runner import LaunchedStep, ModelRunner, StepResult
+from minidsv.scheduler import Chunk
 from minidsv.server.options import ServerOptions
 from minidsv.server.process import serve
 
@@ -38,16 +43,32 @@ EVENT, DONE = b"data: {", b"data: [DONE]"
 
 
 class FakeModel:
-    """Logits out of a table, by position, after `seconds` in which other threads may run."""
+    """Logits out of a table, by position."""
 
-    def __init__(self, vocab_size: int, seconds: float):
-        self.seconds = seconds
+    def __init__(self, vocab_size: int):
         self.logits = torch.randn(ROWS, vocab_size, generator=torch.Generator().manual_seed(0))
 
     def forward(self, step: StepBatch) -> tuple[None, Tensor]:
-        if self.seconds:
-            time.sleep(self.seconds)
         return None, self.logits[step.positions[step.logits_index] % ROWS]
+
+
+def take_time(runner: ModelRunner, seconds: float) -> None:
+    """Let steps take `seconds` each, one after the other, from their launch on."""
+    execute, free_at = runner.execute, time.perf_counter()
+
+    def slow(chunks: Sequence[Chunk]) -> LaunchedStep:
+        nonlocal free_at
+        launched = execute(chunks)
+        free_at = done_at = max(time.perf_counter(), free_at) + seconds
+
+        def read() -> StepResult:
+            time.sleep(max(0, done_at - time.perf_counter()))
+            return launched.read()
+
+        return replace(launched, read=read)
+
+    runner.runs_ahead = True
+    runner.execute = slow  # type: ignore[method-assign]
 
 
 class Stream(asyncio.Protocol):
@@ -116,8 +137,9 @@ def serve_fake(port: int, seconds: float, core: int | None) -> None:
 
     def load() -> Engine:
         engine = Engine(EngineConfig(device="cpu"))
-        model: Any = FakeModel(engine.model_config.vocab_size, seconds)
+        model: Any = FakeModel(engine.model_config.vocab_size)
         engine.runner.model = model
+        take_time(engine.runner, seconds)
         return engine
 
     sys.exit(serve(load, ServerOptions(port=port, log_level="warning")))
@@ -199,7 +221,7 @@ def main() -> None:
     parser.add_argument("--connections", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=512, help="a stream")
     parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--step-ms", type=float, default=5, help="the lone stream's model")
+    parser.add_argument("--step-ms", type=float, default=5, help="the lone stream's device")
     parser.add_argument("--pin", action="store_true", help="one core for each process")
     args = parser.parse_args()
     cores = sorted(os.sched_getaffinity(0))

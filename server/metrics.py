@@ -29,6 +29,15 @@ ENGINE_METRICS: tuple[tuple[str, str, str, type[Any]], ...] = (
     ),
     ("prefix_cache_hits", "Prompt tokens found.", "prefix_cache_hits", CounterMetricFamily),
     ("num_preemptions", "Requests that lost their pages.", "preemptions", CounterMetricFamily),
+    ("decode_steps", "Steps of one token a request.", "decode_steps", CounterMetricFamily),
+    ("cuda_graph_steps", "Those that replayed a graph.", "graph_steps", CounterMetricFamily),
+    ("cuda_graph_rows", "Rows computed by graphs.", "graph_rows", CounterMetricFamily),
+    (
+        "cuda_graph_padding_rows",
+        "Those of them that were no request's.",
+        "padding_rows",
+        CounterMetricFamily,
+    ),
 )
 
 
@@ -91,7 +100,8 @@ class Metrics:
         self._queue.observe(began - run.exchange.arrived)
 
     def stepped(self, step: Step) -> None:
-        self._step_tokens.observe(step.num_tokens)
+        if step.num_tokens:  # else it only read what an earlier one computed
+            self._step_tokens.observe(step.num_tokens)
         self._generation_tokens.inc(sum(len(output.token_ids) for output in step.outputs))
 
     def output(self, run: Run, now: float, finished: bool) -> None:

@@ -10,17 +10,19 @@ import pytest
 
 from builders import hf_logits, prompt
 from minidsv import LLM, SamplingParams
-from minidsv.engine import StepOutput
+from minidsv.engine import Engine, StepOutput
 from minidsv.llm import CompletionOutput
 from minidsv.request import Request
-from minidsv.runner import StepResult
+from minidsv.runner import LaunchedStep, StepResult
 
 PAGES = 12
 
 
-@pytest.fixture(scope="module")
-def llm() -> LLM:
-    return LLM(load_format="random", num_pages=PAGES, max_model_len=600, max_num_batched_tokens=64)
+@pytest.fixture(scope="module", params=["read at once", "read a step later"])
+def llm(request: pytest.FixtureRequest) -> LLM:
+    llm = LLM(load_format="random", num_pages=PAGES, max_model_len=600, max_num_batched_tokens=64)
+    llm.engine.runner.runs_ahead = request.param == "read a step later"
+    return llm
 
 
 @pytest.fixture(autouse=True)
@@ -37,9 +39,10 @@ def scripted(
     """Generate with the model replaced by a script; returns the output and the streamed text."""
     ids = llm.engine.tokenizer.encode(text)[1:] if isinstance(text, str) else text
 
-    def execute(chunks: list[Any]) -> StepResult:
-        tokens = [ids[len(c.request.output_token_ids)] for c in chunks if c.samples]
-        return StepResult(tokens, [None] * len(tokens), [[] for _ in chunks])
+    def execute(chunks: list[Any]) -> LaunchedStep:
+        tokens = [ids[c.request.num_sampled_tokens] for c in chunks if c.samples]
+        result = StepResult(tokens, [None] * len(tokens), [[] for _ in chunks])
+        return LaunchedStep(chunks, True, lambda: result)
 
     monkeypatch.setattr(llm.engine.runner, "execute", execute)
     pieces: list[StepOutput] = []
@@ -178,6 +181,11 @@ def test_an_error_while_generating_leaves_nothing_behind(llm: LLM) -> None:
         llm.generate(["a", "b"], SamplingParams(max_tokens=5), boom)
 
 
+def run_out(engine: Engine) -> None:
+    while engine.has_work:
+        engine.step()
+
+
 def test_an_interrupted_step_hurts_nobody_else(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """KeyboardInterrupt while the first request's text is made: the second's tokens stay right."""
     engine, params = llm.engine, SamplingParams(max_tokens=6, ignore_eos=True)
@@ -192,10 +200,9 @@ def test_an_interrupted_step_hurts_nobody_else(llm: LLM, monkeypatch: pytest.Mon
     with monkeypatch.context() as patch:
         patch.setattr(engine._texts[first], "push", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            engine.step()
+            run_out(engine)
     engine.abort(first)
-    while engine.has_work:
-        engine.step()
+    run_out(engine)
     assert second.output_token_ids == want
 
 

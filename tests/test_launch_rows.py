@@ -14,11 +14,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from minidsv.batch import StepBatch
+from minidsv.batch import StepBatch, StepBuffers
+from minidsv.block_manager import pages_for
 from minidsv.checkpoint import Weight, WeightStore
 from minidsv.config import ModelConfig
 from minidsv.engine_config import bundled_model
+from minidsv.graph import DecodeGraphs, GraphKey, batch_sizes, context_bounds
 from minidsv.kernels import pdl
+from minidsv.kernels.argmax import argmax
 from minidsv.kernels.launch import KernelSpec, Row
 from minidsv.kernels.pdl import PdlMode
 from minidsv.kernels.ran import nearest, row_of
@@ -27,8 +30,10 @@ from minidsv.kv_cache import KVCache
 from minidsv.layers import Operators
 from minidsv.model import DeepseekV32
 from minidsv.tensor_table import tensor_table
+from minidsv.warmup import warm_up_steps
 
 META = torch.device("meta")
+BOUNDS = (2048, 8192, 65_792)
 CONFIGS = bundled_model().parent
 MODELS = {
     "bundled": "tiny/config.json",
@@ -69,12 +74,17 @@ def meta_step(tokens: int, requests: int, seq_len: int, logits: int) -> StepBatc
 
 def steps() -> Iterator[StepBatch]:
     """Decode batches and prefill chunks, of contexts on both sides of every index_topk."""
-    for seq_len in (1, 70, 5000):
+    for seq_len in (1, 70, 5000, 70_000):
         for requests in (1, 2, 3, 8, 16, 17, 33, 64, 200):
             yield meta_step(requests, requests, seq_len, requests)
         for tokens in (16, 70, 1000, 8192):
             yield meta_step(tokens, 1, max(seq_len, tokens), 1)
             yield meta_step(tokens, 2, max(seq_len, tokens), tokens)
+
+
+def decode_graph(model: DeepseekV32) -> DecodeGraphs:
+    buffers = StepBuffers(200, pages_for(BOUNDS[-1]), 199, META)
+    return DecodeGraphs(model, buffers, BOUNDS, 200)
 
 
 class Launches:
@@ -127,8 +137,27 @@ def test_every_launch_is_a_row(name: str, weights: str, launches: Launches) -> N
         cache = KVCache.allocate(config, 200, *caches, META)
         model = DeepseekV32(config, parameters, cache, Operators("off"))
         for step in steps():
-            model.forward(step)
+            argmax(model.forward(step)[1], "off")
+        for size in batch_sizes(200):
+            for bound in BOUNDS:
+                decode_graph(model)._compute(GraphKey(size, 1, bound))
     assert len({spec.name for spec, _ in launches.rows}) > 10
     assert {spec.name for spec, _ in launches.rows} <= {spec.name for spec in SPECS}
     missing = [nearest(spec, row) for spec, row in launches.rows if row not in spec.rows]
     assert not missing, "\n".join(missing)
+
+
+@pytest.mark.parametrize("name", ["bundled", "deepseek_v32", "glm52"])
+def test_nothing_compiles_in_a_request(name: str, launches: Launches) -> None:
+    """All that any step launches was launched by the warm-up, whatever its sizes."""
+    config = model_config(name)
+    cache = KVCache.allocate(config, 200, "fp8", "fp8", META)
+    model = DeepseekV32(config, meta_weights(config, True), cache, Operators("off"))
+    bounds = context_bounds(config.index_topk, 70_016)
+    for step in warm_up_steps(bounds, 200, 8192, 199, META):
+        argmax(model.forward(step)[1], "off")
+    warm = {f"{spec.name} {row}" for spec, row in launches.rows}
+    for step in steps():
+        argmax(model.forward(step)[1], "off")
+    cold = {f"{spec.name} {row}" for spec, row in launches.rows} - warm
+    assert not cold, "\n".join(sorted(cold))

@@ -1,5 +1,6 @@
 """`resolve`: what every "auto" becomes on a device, and what is refused by name."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -91,6 +92,9 @@ def test_what_auto_becomes(
     ) == expected  # fmt: skip
     mode = {"on": "prefetch", "off": "off"}[got.pdl]
     assert pdl_mode(got) == (None if got.backend == "torch" else mode)
+    assert got.cuda_graph == ("off" if got.backend == "torch" else "on")
+    off = settle(replace(config, cuda_graph="off"), ModelConfig.from_hf(V32), capability)
+    assert off == replace(got, cuda_graph="off")
 
 
 @pytest.mark.parametrize(
@@ -112,7 +116,8 @@ def test_what_auto_becomes(
         ((9, 0), {"backend": "triton", "dtype": "float32"}, "backend: .* it is 'float32'"),
         ((9, 0), {"backend": "triton", "kv_cache_dtype": "float32"}, "backend: .* kv_cache_dtype"),
         ((9, 0), {"backend": "flashinfer"}, "backend: 'flashinfer' .* 'fp8_flat', .* 'bfloat16'"),
-        ((9, 0), {"cuda_graph": "on"}, "cuda_graph: 'on'"),
+        ((9, 0), {"cuda_graph": "on", "backend": "torch"}, "cuda_graph: 'on' .* is 'torch'"),
+        (None, {"device": "cpu", "cuda_graph": "on"}, "cuda_graph: 'on' .* is 'torch'"),
     ],
 )
 def test_what_a_device_cannot_do_is_refused(

@@ -25,7 +25,10 @@ class Memory:
         """What the first `end` tokens of a request mean, by slot."""
         node: object = request.cache_salt
         contents = {}
-        for position, token in enumerate(request.token_ids(0, end)):
+        tokens = request.token_ids(0, end)
+        if len(tokens) < end:  # pending
+            tokens.append(output_token(len(request.output_token_ids)))
+        for position, token in enumerate(tokens):
             node = self._nodes.setdefault((node, token), len(self._nodes))
             page = request.page_ids[position // PAGE_SIZE]
             contents[page * PAGE_SIZE + position % PAGE_SIZE] = node
@@ -38,6 +41,10 @@ class Memory:
             self.slots.update(list(contents.items())[chunk.start :])
         for contents in seen:
             assert contents.items() <= self.slots.items()
+
+
+def output_token(position: int) -> int:
+    return position % 3
 
 
 def test_policy_needs_no_torch() -> None:
@@ -56,8 +63,21 @@ class Traffic:
     budget: int
     prefix_caching: bool
     spare_pages: int
+    ahead: bool  # a step is read after the next one is launched
     arrivals: list[list[Request]] = field(default_factory=list)
     aborts: list[int | None] = field(default_factory=list)
+
+
+def read(scheduler: Scheduler, chunks: list[Chunk]) -> None:
+    """The tokens of a step that ran arrive."""
+    scheduler.commit(chunks)
+    for chunk in chunks:
+        request = chunk.request
+        request.num_pending_tokens -= chunk.samples
+        if chunk.samples and request.status is not Status.FINISHED:
+            request.output_token_ids.append(output_token(len(request.output_token_ids)))
+            if len(request.output_token_ids) == request.max_tokens:
+                scheduler.finish(request)
 
 
 @st.composite
@@ -83,6 +103,7 @@ def traffic(draw: st.DrawFn) -> Traffic:
         draw(st.sampled_from([1, 3, 17, 64, 300, 8192])),
         draw(st.integers(0, 3)) > 0,
         draw(st.integers(0, 3)),
+        draw(st.booleans()),
         [draw(st.lists(request(), max_size=3)) for _ in range(steps)],
         [draw(st.none() | st.integers(0, 20)) for _ in range(steps)],
     )
@@ -96,7 +117,7 @@ def test_every_request_ends(case: Traffic) -> None:
     scheduler = Scheduler(manager, case.max_num_seqs, case.budget)
     scheduler.spare_pages = case.spare_pages
     memory, requests = Memory(), list[Request]()
-    step, idle = 0, 0
+    step, idle, unread = 0, 0, list[list[Chunk]]()
     while step < len(case.arrivals) or scheduler.has_work:
         if step < len(case.arrivals):
             for request in case.arrivals[step]:
@@ -121,10 +142,11 @@ def test_every_request_ends(case: Traffic) -> None:
                 assert chunk.start <= len(known) or len(known) == len(request.prompt_token_ids)
                 end = min(chunk.end + 1, len(request.prompt_token_ids))
                 known += [None] * max(0, end - len(known))
-            if chunk.end == request.num_tokens:
-                request.output_token_ids.append(len(request.output_token_ids) % 3)
-                if len(request.output_token_ids) == request.max_tokens:
-                    scheduler.finish(request)
+            request.num_pending_tokens += chunk.samples
+        unread.append(chunks)
+        for launched in unread[: None if not case.ahead else -1]:
+            read(scheduler, launched)
+        unread = unread[-1:] if case.ahead and chunks else []
         scheduler.check()
         step += 1
         idle = 0 if chunks else idle + 1

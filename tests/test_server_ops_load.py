@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from builders import prompt
+from emulated import emulate_gpu
 from minidsv import LLM, SamplingParams
 from minidsv.server.options import ServerOptions
 from served import Served, metrics, serving, wait_until
@@ -26,10 +28,12 @@ def scale(request: pytest.FixtureRequest) -> int:
     return factor
 
 
-@pytest.fixture(scope="module")
-def served() -> Iterator[Served]:
+@pytest.fixture(scope="module", params=["plain", "as on a GPU"])
+def served(request: pytest.FixtureRequest) -> Iterator[Served]:
     options = ServerOptions(max_queued_requests=10**6, max_queued_tokens=10**9)
     with serving(options, **TRAINED, num_pages=256, max_num_batched_tokens=256) as running:
+        if request.param == "as on a GPU":
+            emulate_gpu(running.engine)
         yield running
 
 
@@ -145,3 +149,22 @@ def test_a_small_pool_preempts_and_answers_the_same(llm: LLM) -> None:
         assert metrics(small)["num_preemptions_total"] > 0
         wait_until(lambda: small.idle)
     assert answers == alone(llm, jobs)
+
+
+def test_graphs_and_steps_launched_ahead() -> None:
+    """Concurrent answers are those of the plain engine, and /metrics tells what ran on graphs."""
+    sampling = {"max_new_tokens": 24, "ignore_eos": True, "temperature": 1.0}
+    bodies = [
+        {"input_ids": list(ids), "sampling_params": sampling | {"sampling_seed": seed}}
+        for seed, ids in enumerate(prompt(n) for n in (62, 50, 63, 60, 10, 47, 130))
+    ]
+    with serving(max_model_len=600) as served:
+        want = [served.generate(**body).json()["text"] for body in bodies]
+    with serving(max_model_len=600) as served, ThreadPoolExecutor(len(bodies)) as pool:
+        emulate_gpu(served.engine)
+        got = [r.json()["text"] for r in pool.map(lambda body: served.generate(**body), bodies)]
+        count = metrics(served)
+    assert got == want
+    assert count["generation_tokens_total"] == 24 * len(bodies)
+    assert count["cuda_graph_steps_total"] == count["decode_steps_total"] >= 23
+    assert count["cuda_graph_padding_rows_total"] < count["cuda_graph_rows_total"]

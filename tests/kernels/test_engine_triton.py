@@ -19,7 +19,7 @@ from minidsv.questions import eval_questions
 pytestmark = pytest.mark.gpu
 CACHES = [("bfloat16", "bfloat16"), ("bfloat16", "fp8"), ("fp8", "fp8"), ("fp8_flat", "fp8")]
 REPLAYS = 1000
-TRITON = {"backend": "triton"}
+TRITON = {"backend": "triton", "cuda_graph": "off"}
 ON_CUDA = TRITON | {"device": "cuda"}
 
 
@@ -35,17 +35,22 @@ def hopper() -> None:
 def test_logits(
     family: str, length: int, kv: str, index: str, checkpoints: dict[str, Path]
 ) -> None:
-    """Near the references' (bf16 twice), and PDL changes no bit."""
+    """As near to fp32 compute as the references in bf16 are, and PDL changes no bit."""
     ids = prompt(length)
     options = {"device": "cuda", "kv_cache_dtype": kv, "index_cache_dtype": index, "num_pages": 8}
     folder = str(checkpoints[family])
-    on, off, torch_backend = (
+    on, off, torch_backend, fp32 = (
         LLM(folder, **options, **more).prompt_logits(ids).cpu()
-        for more in (TRITON | {"pdl": "on"}, TRITON | {"pdl": "off"}, {"backend": "torch"})
+        for more in (
+            TRITON | {"pdl": "on"},
+            TRITON | {"pdl": "off"},
+            {"backend": "torch"},
+            {"dtype": "float32"},
+        )
     )
     assert torch.isfinite(on).all()
     assert torch.equal(on, off)
-    assert relative_l2(on, torch_backend) < 0.1
+    assert relative_l2(on, fp32) < 1.3 * relative_l2(torch_backend, fp32) + 0.01
 
 
 @pytest.mark.parametrize(("kv", "index"), CACHES)

@@ -49,6 +49,14 @@ def visible(logits: Tensor, seq_lens: Tensor) -> Tensor:
     return logits.cpu().masked_fill(hidden, float("-inf"))
 
 
+def in_rms(logits: Tensor, want: Tensor) -> Tensor:
+    """Logits in units of their row's root mean square: sums over heads of either sign cancel, so
+    errors are small against their terms only (of FP8 products the tensor cores keep 14 bits)."""
+    finite = want.nan_to_num(0.0, 0.0, 0.0)
+    rms = (finite.square().sum(1) / (finite != 0).sum(1).clamp_min(1)).sqrt()
+    return logits / rms.where(rms > 0, 1.0).unsqueeze(1)
+
+
 def check(lengths: list[int], seq_lens: Tensor, request_index: Tensor, heads: int, cache: str):
     buffer, table = requests(lengths, cache)
     rows, width = len(seq_lens), max(lengths)
@@ -61,7 +69,7 @@ def check(lengths: list[int], seq_lens: Tensor, request_index: Tensor, heads: in
     results = [paged_index_logits(*args, width, pdl=mode) for mode in MODES]
     want = paged_index_logits_ref(q, weights, buffer, table, seq_lens, request_index, width)
     first = visible(results[0], seq_lens)
-    assert_close(f"{cache} {heads}", first, want, TOLERANCE[cache])
+    assert_close(f"{cache} {heads}", in_rms(first, want), in_rms(want, want), TOLERANCE[cache])
     for mode, got in zip(MODES, results, strict=True):
         assert torch.equal(visible(got, seq_lens).nan_to_num(7.0), first.nan_to_num(7.0)), mode
 

@@ -157,7 +157,7 @@ def test_index_queries(tokens: int, heads: int, interleaved: bool, fp8: bool) ->
             assert_close("weights", weights, want_gate, "exact")
             continue
         assert_close("weights", weights, want_gate, "fp32")
-        assert_close("q", got.float(), want.float(), "fp8_weight")
+        assert_close("q", got.float(), want.float(), "fp8_step")
         assert tokens == 0 or (got.float() != want.float()).float().mean() < 1e-2
 
 
@@ -192,7 +192,7 @@ def compare_keys(args, loc: Tensor, dim: int, shape, cache: torch.dtype, exact: 
     pages = torch.arange(10, device=DEVICE)
     read = [read_index_k_buffer(x, pages, dim) for x in (got, want)]
     named = [x[loc.long()] for x in read]
-    assert_close("keys", *named, "bf16" if cache != torch.uint8 else "fp8_weight")
+    assert_close("keys", *named, "bf16" if cache != torch.uint8 else "fp8_step")
     assert not len(loc) or (named[0] != named[1]).float().mean() < 1e-2
     others = torch.ones(SLOTS, dtype=torch.bool, device=DEVICE)
     others[loc.long()] = False
