@@ -38,9 +38,9 @@ class MemoryPlan:
 
     def describe(self) -> str:
         """One line: what takes what of the memory that was free before the weights."""
-        pages = f"({self.num_pages:,} pages of {PAGE_SIZE} tokens)"
         return (
-            f"weights {size(self.weight_bytes)}, caches {size(self.cache_bytes)} {pages}, "
+            f"weights {size(self.weight_bytes)}, caches {size(self.cache_bytes)} "
+            f"({_pages(self.num_pages)} of {PAGE_SIZE} tokens), "
             f"workspace {size(self.workspace_bytes)}, graphs {size(self.graph_bytes)} of "
             f"{size(self.weight_bytes + self.free_bytes)} free"
         )
@@ -83,9 +83,9 @@ def plan_memory(
         left = free_bytes - (0 if config.device == "cpu" else taken)
     if plan.cache_bytes > left:
         raise ConfigError(
-            f"num_pages: {plan.num_pages} page{'s' * (plan.num_pages > 1)} of {plan.page_bytes} "
-            f"bytes cannot fit in the {size(max(0, left))} left ({plan.describe()}); accepted: "
-            "fewer, or less of max_num_batched_tokens, max_model_len or max_num_seqs"
+            f"num_pages: {_pages(plan.num_pages)} of {plan.page_bytes} bytes cannot fit in the "
+            f"{size(max(0, left))} left ({plan.describe()}); accepted: fewer, or less of "
+            "max_num_batched_tokens, max_model_len or max_num_seqs"
         )
     return plan
 
@@ -96,7 +96,11 @@ def graph_bytes(model: ModelConfig, config: EngineConfig, sizes: Sequence[int]) 
         return 0
     nodes = len(sizes) * LAUNCHES * (model.num_hidden_layers + 1)
     logits = 4 * sum(sizes) * model.vocab_size
-    return forward_bytes(model, config, max(sizes)) + logits + nodes * NODE_BYTES
+    return forward_bytes(model, config, max(sizes), max(sizes)) + logits + nodes * NODE_BYTES
+
+
+def _pages(count: int) -> str:
+    return f"{count} page{'s' * (count > 1)}"
 
 
 def size(nbytes: int) -> str:

@@ -6,6 +6,7 @@ reach max_model_len. `tests/test_memory.py` holds the formulas to what the opera
 
 from minidsv.config import ModelConfig
 from minidsv.engine_config import EngineConfig
+from minidsv.scheduler import MAX_LOGIT_ROWS
 from minidsv.tensor_table import tensor_table
 
 SAFETY = 1.1  # the allocator's rounding, and what libraries take inside an operator
@@ -16,27 +17,27 @@ REF_CHUNK = 16 << 20  # bytes of rows that the reference attention gathers (kern
 SAMPLER_BYTES = 64  # a logit of a sampled row: edits, penalties, sorts, noise (minidsv/sampler.py)
 
 
-def forward_bytes(model: ModelConfig, config: EngineConfig, tokens: int) -> int:
-    """The most that the forward of `tokens` tokens holds beside weights and caches.
+def forward_bytes(model: ModelConfig, config: EngineConfig, tokens: int, rows: int) -> int:
+    """The most that a forward holds beside weights and caches, with logits of `rows` tokens.
 
-    Logits are counted for every token, as prompt log-probabilities want them. `config` is resolved.
+    `config` is resolved.
     """
     stages = _reference_stages if config.backend == "torch" else _triton_stages
-    return int(SAFETY * (SMALL + max(stages(model, config, tokens).values())))
+    return int(SAFETY * (SMALL + max(stages(model, config, tokens, rows).values())))
 
 
 def workspace_bytes(model: ModelConfig, config: EngineConfig) -> int:
     """The most that a step holds: its forward, or choosing the tokens of a full batch after it."""
-    tokens = config.max_num_batched_tokens
-    sampling = 4 * tokens + SAMPLER_BYTES * min(tokens, config.max_num_seqs)
-    chosen = int(SAFETY * sampling * model.vocab_size)
-    return max(forward_bytes(model, config, tokens), chosen)
+    tokens, requests = config.max_num_batched_tokens, config.max_num_seqs
+    rows = min(tokens, MAX_LOGIT_ROWS + requests)
+    sampling = (4 * rows + SAMPLER_BYTES * min(tokens, requests)) * model.vocab_size
+    return max(forward_bytes(model, config, tokens, rows), int(SAFETY * sampling))
 
 
 class _Sizes:
     """Bytes of the tensors of a step, named as in the model."""
 
-    def __init__(self, c: ModelConfig, config: EngineConfig, tokens: int):
+    def __init__(self, c: ModelConfig, config: EngineConfig, tokens: int, rows: int):
         t, b, heads = tokens, 4 if config.dtype == "float32" else 2, c.num_attention_heads
         assert config.max_model_len is not None
         self.keys = config.max_model_len
@@ -51,17 +52,17 @@ class _Sizes:
         self.q_pe = t * heads * c.qk_rope_head_dim * b
         self.values = t * heads * c.v_head_dim * b
         self.chosen = t * c.num_experts_per_tok
-        self.logits = 4 * t * c.vocab_size
+        self.logits = rows * (4 * c.vocab_size + 4 * c.hidden_size * b)
 
 
-def _triton_stages(c: ModelConfig, config: EngineConfig, tokens: int) -> dict[str, int]:
+def _triton_stages(c: ModelConfig, config: EngineConfig, tokens: int, rows: int) -> dict[str, int]:
     """Bytes at the fullest point of each part of the forward on Triton's kernels."""
-    s = _Sizes(c, config, tokens)
+    s = _Sizes(c, config, tokens, rows)
     projected = 5 * s.hidden + s.qr + s.q + s.index_q + s.gate  # x and sums of two blocks
     share = c.index_topk / CHUNK  # of a row that is kept, twice as wide: scores and positions
     thinned = 1 + 2 * share / (1 - share) if s.keys > CHUNK else 1
-    rows = min(tokens, max(1, SCORES // (4 * s.keys)))
-    selection = int(4 * rows * s.keys * thinned) if s.scores else 0
+    scored = min(tokens, max(1, SCORES // (4 * s.keys)))
+    selection = int(4 * scored * s.keys * thinned) if s.scores else 0
     inner = c.moe_intermediate_size * 2
     routed = s.chosen * (c.hidden_size * 2 + inner) + s.hidden + tokens * inner * c.n_shared_experts
     router = 4 * tokens * c.n_routed_experts + 12 * s.chosen
@@ -74,9 +75,11 @@ def _triton_stages(c: ModelConfig, config: EngineConfig, tokens: int) -> dict[st
     }
 
 
-def _reference_stages(c: ModelConfig, config: EngineConfig, tokens: int) -> dict[str, int]:
+def _reference_stages(
+    c: ModelConfig, config: EngineConfig, tokens: int, rows: int
+) -> dict[str, int]:
     """The same in PyTorch, where fp32 copies of operands and of one weight come and go."""
-    s, t = _Sizes(c, config, tokens), tokens
+    s, t = _Sizes(c, config, tokens, rows), tokens
     live = 6 * s.hidden + s.qr + s.q + s.index_q + s.gate + 2 * s.slots
     matrices = [spec.shape for spec in tensor_table(c).values() if spec.may_be_fp8]
     weight = 6 * max(rows * columns for rows, columns in matrices)  # e4m3 by int16 to fp32
@@ -92,5 +95,5 @@ def _reference_stages(c: ModelConfig, config: EngineConfig, tokens: int) -> dict
         "projections": live + 2 * s.latent + weight + 12 * t * widest,
         "attention": live + 2 * query + 2 * s.latent + s.q_pe + s.values + 4 * REF_CHUNK,
         "experts": 8 * s.hidden + s.slots + weight + t * (20 * inner + 24 * c.hidden_size),
-        "logits": 6 * s.hidden + s.slots + s.logits + head + 4 * t * c.hidden_size,
+        "logits": 6 * s.hidden + s.slots + s.logits + head + 4 * rows * c.hidden_size,
     }
