@@ -59,7 +59,7 @@ def _triton_stages(c: ModelConfig, config: EngineConfig, tokens: int, rows: int)
     """Bytes at the fullest point of each part of the forward on Triton's kernels."""
     s = _Sizes(c, config, tokens, rows)
     projected = 5 * s.hidden + s.qr + s.q + s.index_q + s.gate  # x and sums of two blocks
-    share = c.index_topk / CHUNK  # of a row that is kept, twice as wide: scores and positions
+    share = min(c.index_topk / CHUNK, 0.5)  # of a row that is kept, with positions beside scores
     thinned = 1 + 2 * share / (1 - share) if s.keys > CHUNK else 1
     scored = min(tokens, max(1, SCORES // (4 * s.keys)))
     selection = int(4 * scored * s.keys * thinned) if s.scores else 0

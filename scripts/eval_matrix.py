@@ -1,13 +1,14 @@
 """The accuracy matrix: the bundled model's eval over weights, caches, PDL and CUDA graphs.
 
-    python scripts/eval_matrix.py --device cuda --reference cpu.jsonl --write docs/ACCURACY.md
+    python scripts/eval_matrix.py --device cuda --records DIR --write docs/ACCURACY.md
     python scripts/eval_matrix.py --device cpu --backend torch --kv float32 --kv fp8 \
         --index float32 --pdl off --graph off
 
 Every row is held to float32 on the CPU, item by item, by the gate of its dtypes (`eval_gpqa.py
 parity`), and rows that differ in PDL and graphs only must give the same tokens: the column `tokens`
 has - for the first of them. The first --index is every row's; each other one is tried in two: with
-the first and the last weights and caches.
+the first and the last weights and caches. With --records the same command goes on where it stopped,
+on the same machine.
 
 Exit status: 0 fine, 1 red, 2 a combination that cannot run here (nothing is run then), 3 failed.
 """
@@ -69,6 +70,11 @@ class Axes:
         )
 
     @property
+    def file(self) -> str:
+        """For its records."""
+        return f"{self.quantization}-{self.kv}-{self.index}-pdl_{self.pdl}-graph_{self.graph}.jsonl"
+
+    @property
     def numbers(self) -> tuple[str, str, str]:
         """What may change a token."""
         return self.quantization, self.kv, self.index
@@ -120,12 +126,21 @@ def combinations(
 
 
 def measure(
-    axes: Sequence[Axes], sources: Sequence[Source], items: list[Item], truth: Source, want: Records
+    axes: Sequence[Axes],
+    sources: Sequence[Source],
+    items: list[Item],
+    truth: Source,
+    folder: Path | None = None,
 ) -> Iterator[Row]:
-    """Run each combination over the items."""
+    """Run the reference and each combination over the items; records are kept in `folder`."""
+
+    def records(source: Source, file: str) -> Records:
+        return ask(source, items, SETTINGS, None if folder is None else folder / file, None)[0]
+
+    want = records(truth, "reference.jsonl")
     first: dict[tuple[str, str, str], Records] = {}
     for one, source in zip(axes, sources, strict=True):
-        got = ask(source, items, SETTINGS, None, None)[0]
+        got = records(source, one.file)
         tier = common_tier(truth, source)
         verdict = judge([compare(want[item.key], got[item.key]) for item in items], LIMITS[tier])
         differing = None
@@ -165,9 +180,7 @@ def main(
     graph: Annotated[list[str], typer.Option(help="cuda_graph: off, on")] = SWITCHES,
     limit: Annotated[int | None, typer.Option(min=1, help="only the first N questions")] = None,
     seed: Annotated[int, typer.Option(min=0, help="of the questions")] = 0,
-    reference: Annotated[
-        Path | None, typer.Option(help="JSONL of the CPU's records, to write or to resume from")
-    ] = None,
+    records: Annotated[Path | None, typer.Option(help="folder to keep each run's items in")] = None,
     write: Annotated[Path | None, typer.Option(help="document whose marked table to write")] = None,
     out: Annotated[Path | None, typer.Option("--json", help="JSON file to write")] = None,
 ) -> None:
@@ -178,8 +191,9 @@ def main(
         sources = [read_conf(one.conf(device, dtype, backend), HTTPOptions()) for one in axes]
         document = "" if write is None else replace_between(write.read_text(), "")
         items = load_items(None, SETTINGS.protocol, 1, limit, seed)
-        want = ask(truth, items, SETTINGS, reference, None)[0]
-        rows = list(measure(axes, sources, items, truth, want))
+        if records is not None:
+            records.mkdir(parents=True, exist_ok=True)
+        rows = list(measure(axes, sources, items, truth, records))
     except (MinidsvError, ItemError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None

@@ -5,7 +5,8 @@
 #   scripts/gpu_check.sh kernels engine       # the `gpu` tests; tests/kernels/test_ran.py holds the
 #                                             # binaries that ran to the proof
 #   scripts/gpu_check.sh graph slice shard mini glm wall profile      # `minidsv bench`
-#   scripts/gpu_check.sh accuracy             # the bundled eval in every combination
+#   scripts/gpu_check.sh accuracy             # the bundled eval in every combination; if time runs
+#                                             # out, again: it goes on where it stopped
 #
 # Logs and the JSON of every run go to $OUT (default: gpu_out). Exit status 1 if anything failed.
 set -uo pipefail
@@ -88,7 +89,7 @@ section() {
     wall) bench wall v32_slice --wall --batch 1 --context 4096,65536 ;;
     profile) bench profile v32_slice --profile --batch 1 --context 4096 --plot "$out/profile.png" ;;
     accuracy)
-        run accuracy python3 scripts/eval_matrix.py --device cuda --reference "$out/cpu.jsonl" \
+        run accuracy python3 scripts/eval_matrix.py --device cuda --records "$out/records" \
             --write docs/ACCURACY.md --json "$out/accuracy.json"
         collect
         cp docs/ACCURACY.md "$out/"

@@ -47,9 +47,9 @@ def test_the_cpu_matrix_is_green_and_written(
 ) -> None:
     items = [item for item in load_items(None, "loglikelihood", 1, None, 0) if item.topic in SHORT]
     monkeypatch.setattr(eval_matrix, "load_items", lambda *args: items[:16])
-    document, out, reference = (tmp_path / name for name in ("doc.md", "out.json", "cpu.jsonl"))
+    document, out, records = (tmp_path / name for name in ("doc.md", "out.json", "records"))
     document.write_text(f"# Title\n\n{BEGIN}\nold\n{END}\n\nbehind\n")
-    options = ["--reference", str(reference), "--json", str(out)]
+    options = ["--records", str(records), "--json", str(out)]
     result = invoke(*CPU, *CACHES, *options, "--write", str(document))
     assert result.exit_code == 0, result.output
     found = json.loads(out.read_text())
@@ -57,13 +57,17 @@ def test_the_cpu_matrix_is_green_and_written(
     assert found["green"]
     assert [row["tier"] for row in found["rows"]] == ["same", "fp8", "fp8_index", "fp8"]
     assert {row["weights"] for row in found["rows"]} == {"fp8"}
-    assert len(reference.read_text().splitlines()) == 1 + 16
+    assert len(list(records.iterdir())) == 1 + 4
+    assert len((records / "reference.jsonl").read_text().splitlines()) == 1 + 16
     text = document.read_text()
     assert text.startswith(f"# Title\n\n{BEGIN}\n")
     assert text.endswith(f"{END}\n\nbehind\n")
     assert "old" not in text
     assert text.count("\n| ") == 2 + 4
     assert text.count("green") == 4
+    monkeypatch.setattr("eval_sources.EngineBackend", lambda *args: pytest.fail("asked again"))
+    again = invoke(*CPU, *CACHES, *options)
+    assert json.loads(again.stdout.splitlines()[-1])["rows"] == found["rows"]
 
 
 @pytest.mark.parametrize(
@@ -92,13 +96,13 @@ def test_other_tokens_with_pdl_are_red(monkeypatch: pytest.MonkeyPatch) -> None:
     want = eval_matrix.ask(truth, items, eval_matrix.SETTINGS, None, None)[0]
     key = items[1].key
     changed = want | {key: replace(want[key], tokens=(*want[key].tokens[:-1], "other"))}
-    runs = iter([dict(want), dict(want), changed])
+    runs = iter([want, dict(want), dict(want), changed])
     monkeypatch.setattr(eval_matrix, "ask", lambda *args: (next(runs), None))
     axes = [
         Axes("auto", "float32", "float32", pdl, graph)
         for pdl, graph in (("off", "off"), ("on", "off"), ("on", "on"))
     ]
-    rows = list(measure(axes, [truth] * 3, items, truth, want))
+    rows = list(measure(axes, [truth] * 3, items, truth))
     assert [row.differing for row in rows] == [None, 0, 1]
     assert [row.green for row in rows] == [True, True, False]
     assert [row.cells()[-2] for row in rows] == ["-", "same", "1 items differ"]
