@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from minidsv.config import ModelConfig
 from minidsv.errors import CheckpointError
+from minidsv.kernels.constants import FP8_BLOCK
 from minidsv.kernels.quant import block_scale_shape, dequantize_fp8_blocks, quantize_fp8_blocks
 from minidsv.tensor_table import TensorSpec, tensor_table
 
@@ -39,6 +40,16 @@ class Weight:
         return self.data.nbytes + (0 if self.scale is None else self.scale.nbytes)
 
 
+class Piece(NamedTuple):
+    """A tensor of the table, or whole rows of blocks of it."""
+
+    name: str
+    spec: TensorSpec
+    data: Tensor
+    scale: Tensor | None  # fp32 block scales of e4m3 data
+    row: int = 0  # the first of the tensor's rows that it holds; a multiple of 128
+
+
 class WeightStore:
     """Collects checkpoint tensors into parameters, as `EngineConfig.quantization` says."""
 
@@ -46,8 +57,9 @@ class WeightStore:
         self.device, self.dtype, self.quantization = device, dtype, quantization
         self.weights: dict[str, Weight] = {}
 
-    def add(self, name: str, spec: TensorSpec, data: Tensor, scale: Tensor | None) -> None:
-        """Place one tensor, dequantised or quantised as `quantization` asks."""
+    def add(self, piece: Piece) -> None:
+        """Place one piece, dequantised or quantised as `quantization` asks."""
+        name, spec, data, scale, row = piece
         if scale is not None and not _sound(data, scale):
             raise CheckpointError(f"{name}: NaN, or a scale that is no positive number: damaged?")
         keep_fp8 = spec.stays_fp8 and (
@@ -62,9 +74,9 @@ class WeightStore:
             raise CheckpointError(
                 f"{name}: its neighbours in {spec.param} are FP8 and it is not, or the reverse"
             )
-        weight.data[spec.index].copy_(data)
+        weight.data[spec.index].narrow(0, row, len(data)).copy_(data)
         if weight.scale is not None and scale is not None:
-            weight.scale[spec.index].copy_(scale)
+            weight.scale[spec.index].narrow(0, row // FP8_BLOCK, len(scale)).copy_(scale)
 
     def _allocate(self, spec: TensorSpec, fp8: bool) -> Weight:
         dtype = torch.float8_e4m3fn if fp8 else torch.float32 if spec.kind == "gain" else self.dtype
@@ -88,11 +100,12 @@ class Checkpoint:
         for name, spec in self.table.items():
             self._check_tensor(name, spec)
 
-    def tensors(self) -> Iterator[tuple[str, TensorSpec, Tensor, Tensor | None]]:
+    def tensors(self) -> Iterator[Piece]:
         """Every tensor of the table with its FP8 scale (None for float tensors)."""
         for name, spec in self.table.items():
             scale = name + SCALE_SUFFIX
-            yield name, spec, self._read(name), self._read(scale) if scale in self._where else None
+            scales = self._read(scale) if scale in self._where else None
+            yield Piece(name, spec, self._read(name), scales)
 
     def _weight_map(self) -> dict[str, str]:
         index = self.folder / INDEX_FILE
@@ -172,8 +185,9 @@ class Checkpoint:
 def _sound(data: Tensor, scale: Tensor) -> bool:
     """No e4m3 code is NaN (0x7F, 0xFF) and every scale is positive and finite."""
     codes = data.view(torch.uint8).flatten().split(1 << 20)  # small temporaries, for the heap
-    whole = not any(((part & 0x7F) == 0x7F).any() for part in codes)
-    return whole and bool((torch.isfinite(scale) & (scale > 0)).all())
+    broken = [((part & 0x7F) == 0x7F).any() for part in codes]
+    broken.append(~(torch.isfinite(scale) & (scale > 0)).all())
+    return not torch.stack(broken).any()  # the device is waited for once
 
 
 def load_checkpoint(
@@ -191,16 +205,18 @@ def load_checkpoint(
 
 
 def fill(
-    tensors: Iterable[tuple[str, TensorSpec, Tensor, Tensor | None]],
+    pieces: Iterable[Piece],
     *,
     device: torch.device,
     dtype: torch.dtype,
     quantization: str,
 ) -> dict[str, Weight]:
-    """Collect each tensor of the table, once, into parameters."""
+    """Collect every tensor of the table, once, into parameters."""
     store = WeightStore(device, dtype, quantization)
-    for name, spec, data, scale in tensors:
-        store.add(name, spec, data, scale)
+    for piece in pieces:
+        store.add(piece)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what conversions took is free again, as the page pool will ask
     return store.weights
 
 

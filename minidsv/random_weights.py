@@ -1,20 +1,28 @@
-"""Random weights in the official layout, for `load_format="random"` and the tests."""
+"""Random weights in the official layout, for `load_format="random"` and the tests.
 
+They are drawn on the device, at most `SLAB` numbers at a time, so that a model takes the memory of
+its parameters and little more.
+"""
+
+import math
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
 
+from minidsv.checkpoint import Piece
 from minidsv.config import ModelConfig
+from minidsv.kernels.constants import FP8_BLOCK
 from minidsv.kernels.quant import quantize_fp8_blocks
-from minidsv.tensor_table import TensorSpec, tensor_table
+from minidsv.tensor_table import tensor_table
+
+SLAB = 1 << 24  # numbers: 64 MiB in fp32, about five times that while they are quantised
 
 
 def random_tensors(
     config: ModelConfig, *, seed: int, fp8: bool, device: torch.device
-) -> Iterator[tuple[str, TensorSpec, Tensor, Tensor | None]]:
-    """Yield (name, spec, data, scale) for every tensor of the name table, reproducibly for one
-    device type.
+) -> Iterator[Piece]:
+    """Yield every tensor of the name table by whole rows of blocks, reproducibly for one device
+    type.
 
     Matrices are N(0, 1/fan_in) so that activations keep their size, gains are near 1, biases near
     0. Linears come as FP8 with power-of-two block scales if `fp8`, else BF16; gains and biases
@@ -22,13 +30,17 @@ def random_tensors(
     """
     generator = torch.Generator(device).manual_seed(seed)
     for name, spec in tensor_table(config).items():
-        data = torch.randn(spec.shape, generator=generator, device=device)
-        if spec.kind == "gain":
-            data = data * 0.05 if name.endswith("bias") else 1 + 0.1 * data
-            yield name, spec, data, None
-            continue
-        data *= spec.shape[-1] ** -0.5
-        if spec.may_be_fp8 and fp8:
-            yield name, spec, *quantize_fp8_blocks(data)
-        else:
-            yield name, spec, data.to(torch.bfloat16), None
+        rows, *columns = spec.shape
+        step = max(1, SLAB // (FP8_BLOCK * math.prod(columns))) * FP8_BLOCK
+        for row in range(0, rows, step):
+            shape = (min(step, rows - row), *columns)
+            data = torch.randn(shape, generator=generator, device=device)
+            if spec.kind == "gain":
+                data = data * 0.05 if name.endswith("bias") else 1 + 0.1 * data
+                yield Piece(name, spec, data, None, row)
+                continue
+            data *= spec.shape[-1] ** -0.5
+            if spec.may_be_fp8 and fp8:
+                yield Piece(name, spec, *quantize_fp8_blocks(data), row)
+            else:
+                yield Piece(name, spec, data.to(torch.bfloat16), None, row)

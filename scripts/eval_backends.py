@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Protocol
+from dataclasses import dataclass, fields
+from typing import Protocol
 
 from minidsv import LLM, SamplingParams
 from minidsv.cli import limit_threads
@@ -47,9 +47,6 @@ OnReply = Callable[[int, Reply | BackendError], None]  # number of the ask, what
 class Backend(Protocol):
     """Answers prompts."""
 
-    def describe(self) -> dict[str, Any]:
-        """What a record file keeps of it: two runs are the same if these are equal."""
-
     def complete(self, asks: Sequence[Ask], on_reply: OnReply) -> None:
         """Answer all; `on_reply` sees each once, as it finishes, in this thread."""
 
@@ -77,9 +74,6 @@ class EngineBackend:
     def __init__(self, config: EngineConfig):
         self.llm = LLM(**{option.name: getattr(config, option.name) for option in fields(config)})
         limit_threads(self.llm.engine)
-
-    def describe(self) -> dict[str, Any]:
-        return {"engine": asdict(self.llm.engine.config)}
 
     def complete(self, asks: Sequence[Ask], on_reply: OnReply) -> None:
         engine = self.llm.engine

@@ -181,18 +181,18 @@ def ask(
     source: Source, items: list[Item], settings: Settings, path: Path | None, csv: Path | None
 ) -> tuple[dict[tuple[str, int], Record], Failures]:
     """Records of all items, from the file where it has them, and what failed."""
-    backend = source.open()
     questions = "bundled" if csv is None else sha256(csv.read_bytes()).hexdigest()
     header: dict[str, Any] = {"version": __version__, "questions": questions, **asdict(settings)}
-    header["backend"] = backend.describe()
+    header["backend"] = source.resolved
     del header["max_errors"]  # changes no record
+    wanted, failures = {item.key for item in items}, Failures([])
     with (
-        closing(backend),
         progress(source.conf, len(items)) as advance,
         closing(RecordFile(path, header, advance)) as file,
     ):
-        failures = run(items, backend, settings, file)
-    wanted = {item.key for item in items}
+        if wanted - file.records.keys():
+            with closing(source.open()) as backend:
+                failures = run(items, backend, settings, file)
     return {key: record for key, record in file.records.items() if key in wanted}, failures
 
 

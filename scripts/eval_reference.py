@@ -37,9 +37,6 @@ class TransformersBackend:
         )
         self.model.eval()
 
-    def describe(self) -> dict[str, Any]:
-        return {"transformers": str(self.folder), "version": transformers.__version__}
-
     def complete(self, asks: Sequence[Ask], on_reply: OnReply) -> None:
         for number, ask in enumerate(asks):
             on_reply(number, self._reply(ask))

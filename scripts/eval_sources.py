@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ class Source:
 
     conf: str
     precision: Tier | None
-    resolved: dict[str, Any]
+    resolved: dict[str, Any]  # for record files: two runs are the same if these are equal
     open: Callable[[], Backend]
 
 
@@ -55,7 +56,8 @@ def _reference(conf: str) -> Source:
 
         return TransformersBackend(folder)
 
-    return Source(conf, "fp32", {"transformers": str(folder)}, open_model)
+    resolved = {"transformers": str(folder), "version": metadata.version("transformers")}
+    return Source(conf, "fp32", resolved, open_model)
 
 
 def _engine(conf: str) -> Source:

@@ -8,6 +8,8 @@ The config may be cut down with --set (integers); the tokenizer is the bundled m
 
 import json
 import shutil
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -35,12 +37,12 @@ def write(raw: dict[str, Any], out: Path, *, fp8: bool, seed: int, shard_bytes: 
     config = ModelConfig.from_hf(raw)
     out.mkdir(parents=True)
     shards = _Shards(out, shard_bytes)
-    for name, _, data, scale in random_tensors(
-        config, seed=seed, fp8=fp8, device=torch.device("cpu")
-    ):
-        shards.add(name, data)
-        if scale is not None:
-            shards.add(name + SCALE_SUFFIX, scale)
+    pieces = random_tensors(config, seed=seed, fp8=fp8, device=torch.device("cpu"))
+    for name, parts in groupby(pieces, attrgetter("name")):
+        data, scales = zip(*((part.data, part.scale) for part in parts), strict=True)
+        shards.add(name, torch.cat(data))
+        if scales[0] is not None:
+            shards.add(name + SCALE_SUFFIX, torch.cat(scales))
     total = shards.close()
     raw = {k: v for k, v in raw.items() if k != "quantization_config"}
     if fp8:

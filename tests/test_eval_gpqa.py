@@ -150,9 +150,6 @@ class Fake:
     def __init__(self, text: str = "Answer: A", reason: str = "stop"):
         self.reply, self.asked = Reply(text, reason), list[Ask]()
 
-    def describe(self) -> dict[str, Any]:
-        return {}
-
     def complete(self, asks: Any, on_reply: Any) -> None:
         for number, ask in enumerate(asks):
             self.asked.append(ask)

@@ -35,26 +35,19 @@ from minidsv.warmup import warm_up_steps
 META = torch.device("meta")
 BOUNDS = (2048, 8192, 65_792)
 CONFIGS = bundled_model().parent
-TP8 = {"num_attention_heads": 16, "intermediate_size": 2304, "moe_intermediate_size": 256}
-MINI = {
-    "hidden_size": 2048, "num_attention_heads": 16, "n_routed_experts": 64, "n_group": 1,
-    "topk_group": 1, "moe_intermediate_size": 1408, "num_experts_per_tok": 6,
-    "n_shared_experts": 2, "vocab_size": 102_400, "eos_token_ids": (),
-}  # fmt: skip
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "bundled": ("tiny/config.json", {}),
-    "mini": ("deepseek_v32.json", MINI),
-    "deepseek_v32": ("deepseek_v32.json", {}),
-    "a shard of 8": ("deepseek_v32.json", TP8),
-    "glm5": ("glm5.json", {}),
-    "glm52": ("glm52.json", {}),
+MODELS = {
+    "bundled": "tiny/config.json",
+    "mini": "mini.json",
+    "deepseek_v32": "deepseek_v32.json",
+    "a shard of 8": "v32_tp8_shard.json",
+    "glm5": "glm5.json",
+    "glm52": "glm52.json",
 }
 
 
 def model_config(name: str) -> ModelConfig:
     """A dense layer and one with experts, which in GLM-5.2 owns no indexer."""
-    file, changes = MODELS[name]
-    config = replace(ModelConfig.from_path(CONFIGS / file), **changes)
+    config = ModelConfig.from_path(CONFIGS / MODELS[name])
     return replace(
         config,
         num_hidden_layers=2,

@@ -1,0 +1,234 @@
+"""Streamed /generate beside LLM.generate on one engine: what serving adds to a decode step.
+
+    python scripts/bench_serving.py --model configs/mini.json --load-format random --concurrency 1 8 64
+
+First `LLM.generate` on as many random prompts; CUDA events around each replay of a graph give the
+replay's time and the device's idle time between two. Then the server over the same engine, and a
+client in a process of its own. Fails if a streamed answer is not the one that generate gave. Prints
+a table, and JSON as its last line.
+"""
+
+import asyncio
+import json
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import statistics
+import time
+import urllib.request
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from multiprocessing.connection import Connection
+from typing import Annotated, Any
+
+import torch
+import typer
+from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Console
+from rich.table import Table
+
+from minidsv import LLM, SamplingParams
+from minidsv.cli import engine_options, run_app
+from minidsv.graph import DecodeGraphs
+from minidsv.server.options import ServerOptions
+from minidsv.server.process import serve
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+DATA, DONE = b"data: ", b"data: [DONE]"
+
+
+class TimedGraph:
+    """A captured graph with an event before and behind each replay."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, replays: list[tuple[Any, Any]]):
+        self._graph, self._replays = graph, replays
+
+    def replay(self) -> None:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        self._graph.replay()
+        end.record()
+        self._replays.append((begin, end))
+
+
+@dataclass
+class Result:
+    """Medians in microseconds; None without graphs."""
+
+    concurrency: int
+    replay_us: float | None
+    idle_share: float | None  # of the time from one replay's begin to the next one's
+    generate_us: float  # a step of LLM.generate, wall clock
+    itl_us: float  # of the streams, one token to the next
+    itl_p99_us: float
+    tokens_per_s: float  # of all streams
+
+
+def timed(graphs: DecodeGraphs | None) -> list[tuple[Any, Any]]:
+    """The replays from now on."""
+    replays: list[tuple[Any, Any]] = []
+    if graphs is not None:
+        for key, graph in graphs.graphs.items():
+            graphs.graphs[key] = TimedGraph(graph, replays)  # type: ignore[assignment]
+    return replays
+
+
+def replay_and_idle(replays: list[tuple[Any, Any]]) -> tuple[float | None, float | None]:
+    """(median us of a replay, share of the time between replays in which none runs)."""
+    if len(replays) < 3:
+        return None, None
+    torch.cuda.synchronize()
+    steady = replays[1:]
+    run = statistics.median(1e3 * begin.elapsed_time(end) for begin, end in steady)
+    gaps = [1e3 * one[1].elapsed_time(two[0]) for one, two in pairwise(steady)]
+    idle = statistics.median(gaps)
+    return run, idle / (run + idle)
+
+
+def prompts_for(count: int, length: int, vocab_size: int) -> list[list[int]]:
+    generator = random.Random(count)
+    return [[generator.randrange(3, vocab_size) for _ in range(length)] for _ in range(count)]
+
+
+@dataclass
+class Answer:
+    """One streamed answer."""
+
+    output_ids: list[int]
+    times: list[float]  # of each event
+
+
+async def stream(port: int, body: bytes) -> Answer:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 24)
+    head = "POST /generate HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\n"
+    writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+    times, last = list[float](), b"{}"
+    while not (line := await reader.readline()).startswith(DONE):
+        if line.startswith(DATA):
+            times.append(time.perf_counter())
+            last = line[len(DATA) :]
+        elif not line:
+            raise RuntimeError(f"cut off after {len(times)} events")
+    writer.close()
+    return Answer(json.loads(last)["output_ids"], times)
+
+
+async def streams(port: int, bodies: list[bytes]) -> list[Answer]:
+    return await asyncio.gather(*(stream(port, body) for body in bodies))
+
+
+def client(port: int, bodies: list[list[bytes]], results: Connection, server: int) -> None:
+    """The client's process; ends the server."""
+    url = f"http://127.0.0.1:{port}"
+    while True:
+        try:
+            urllib.request.urlopen(f"{url}/ready")
+            break
+        except OSError:
+            time.sleep(0.1)
+    try:
+        asyncio.run(streams(port, bodies[0]))  # warms the server up
+        answers = [asyncio.run(streams(port, group)) for group in bodies]
+        page = urllib.request.urlopen(f"{url}/metrics").read().decode()
+        results.send((answers, page))
+    except Exception as error:
+        results.send((error, ""))
+    os.kill(server, signal.SIGTERM)
+
+
+def serve_and_ask(llm: LLM, bodies: list[list[bytes]]) -> tuple[list[list[Answer]], str]:
+    """(the streamed answers of each group, the metrics page)."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    results, mine = context.Pipe(duplex=False)
+    process = context.Process(target=client, args=(port, bodies, mine, os.getpid()))
+    process.start()
+    serve(lambda: llm.engine, ServerOptions(port=port, log_level="warning"))
+    answers, page = results.recv()
+    process.join()
+    if isinstance(answers, Exception):
+        raise answers
+    return answers, page
+
+
+@app.command(help=__doc__)
+@engine_options
+def bench_serving(
+    *,
+    engine: dict[str, Any],
+    concurrency: Annotated[list[int], typer.Option(min=1, help="streams at once")] = [1, 8, 64],  # noqa: B006
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="of a random prompt")] = 128,
+    tokens: Annotated[int, typer.Option(min=4, help="of an answer")] = 256,
+) -> None:
+    llm = LLM(**engine)
+    runner, model = llm.engine.runner, llm.engine.model_config
+    params = SamplingParams(max_tokens=tokens, ignore_eos=True)
+    replays, measured, wanted = (
+        timed(runner.graphs),
+        list[tuple[Any, ...]](),
+        list[list[list[int]]](),
+    )
+    groups = [prompts_for(count, prompt_tokens, model.vocab_size) for count in concurrency]
+    for group in groups:
+        llm.generate(group, params)
+        replays.clear()
+        times = [time.perf_counter()]
+        outputs = llm.generate(group, params, lambda _: times.append(time.perf_counter()))
+        steps = times[:: len(group)][tokens // 4 :]
+        step_us = 1e6 * statistics.median(b - a for a, b in pairwise(steps))
+        measured.append((*replay_and_idle(replays), step_us))
+        wanted.append([output.outputs[0].token_ids for output in outputs])
+    sampling = {"max_new_tokens": tokens, "ignore_eos": True, "temperature": 0}
+    bodies = [
+        [
+            json.dumps({"input_ids": ids, "stream": True, "sampling_params": sampling}).encode()
+            for ids in group
+        ]
+        for group in groups
+    ]
+    answers, page = serve_and_ask(llm, bodies)
+    results = []
+    for count, (replay, idle, step_us), group, want in zip(
+        concurrency, measured, answers, wanted, strict=True
+    ):
+        different = sum(a.output_ids != ids for a, ids in zip(group, want, strict=True))
+        if different:
+            raise SystemExit(f"{different} of {count} streamed answers differ from generate's")
+        gaps = sorted(b - a for answer in group for a, b in pairwise(answer.times))
+        first, last = (f(t for a in group for t in a.times) for f in (min, max))
+        results.append(
+            Result(
+                count,
+                replay,
+                idle,
+                step_us,
+                1e6 * statistics.median(gaps),
+                1e6 * gaps[len(gaps) * 99 // 100],
+                count * (tokens - 1) / (last - first),
+            )
+        )
+    report(llm, results, page)
+
+
+def report(llm: LLM, results: list[Result], page: str) -> None:
+    table = Table(*Result.__annotations__, "itl / replay")
+    for r in results:
+        ratio = "-" if r.replay_us is None else f"{r.itl_us / r.replay_us:.3f}"
+        cells = ["-" if value is None else f"{value:,.4g}" for value in asdict(r).values()]
+        table.add_row(*cells, ratio)
+    Console().print(table)
+    counts = {
+        sample.name.removeprefix("minidsv:"): sample.value
+        for family in text_string_to_metric_families(page)
+        for sample in family.samples
+        if "graph" in sample.name or "decode_steps" in sample.name
+    }
+    print(f"{llm.engine.runner.describe()}\n{counts}")
+    print(json.dumps({"results": [asdict(r) for r in results], "metrics": counts}))
+
+
+if __name__ == "__main__":
+    run_app(app)
