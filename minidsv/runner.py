@@ -17,13 +17,14 @@ from minidsv.checkpoint import Weight
 from minidsv.config import ModelConfig
 from minidsv.engine_config import EngineConfig
 from minidsv.errors import ConfigError
-from minidsv.graph import DecodeGraphs, context_bounds
+from minidsv.graph import DecodeGraphs, batch_sizes, context_bounds
 from minidsv.kernels.argmax import argmax
 from minidsv.kernels.constants import PAGE_SIZE
 from minidsv.kernels.rope_quant import RopeQuantBackend
-from minidsv.kv_cache import KVCache, bytes_per_token
+from minidsv.kv_cache import KVCache
 from minidsv.layers import Operators
 from minidsv.logprobs import LogitRows, RowLogprobs
+from minidsv.memory import MemoryPlan, plan_memory
 from minidsv.model import DeepseekV32
 from minidsv.request import IndexerTopk, Request
 from minidsv.resolve import free_memory
@@ -32,8 +33,6 @@ from minidsv.scheduler import Chunk
 from minidsv.selections import read_selections, selection_recorder
 from minidsv.upload import Download, upload, upload_rows
 from minidsv.warmup import warm_up_steps
-
-CACHE_SHARE = 0.25  # of the free memory, the most that a page pool of default size takes
 
 
 @dataclass
@@ -81,10 +80,8 @@ class ModelRunner:
         self.pdl = pdl_mode(config)
         self.sampler = Sampler(model_config.vocab_size, eos_token_ids, self.device, self.pdl)
         self.weight_bytes = sum(w.nbytes for w in weights.values())
-        self.page_bytes = PAGE_SIZE * bytes_per_token(
-            model_config, config.kv_cache_dtype, config.index_cache_dtype
-        )
-        self.num_pages = config.num_pages or self._default_pages(config, config.max_model_len)
+        self.plan = self._plan_memory()
+        self.num_pages = self.plan.num_pages
         try:
             self.cache = KVCache.allocate(
                 model_config,
@@ -95,7 +92,8 @@ class ModelRunner:
             )
         except RuntimeError:  # torch's allocators on CPU and CUDA
             raise ConfigError(
-                f"num_pages: {self.num_pages} pages of {self.page_bytes} bytes do not fit in memory"
+                f"num_pages: {self.num_pages} pages of {self.plan.page_bytes} bytes do not fit in "
+                "memory"
             ) from None
         rope_quant: RopeQuantBackend = "flashinfer" if config.backend == "flashinfer" else "triton"
         operators = Operators(self.pdl, rope_quant)
@@ -112,22 +110,27 @@ class ModelRunner:
 
     def describe(self) -> str:
         """One line: what runs where, in which types, and what it takes."""
-        c, cache_bytes = self.config, self.num_pages * self.page_bytes
+        c = self.config
         return (
             f"{self.model_config.model_type} on {c.device}: compute {c.dtype}, latent cache "
-            f"{c.kv_cache_dtype}, indexer cache {c.index_cache_dtype}; weights "
-            f"{self.weight_bytes / 1e6:,.1f} MB, {self.num_pages} pages of {PAGE_SIZE} tokens "
-            f"({cache_bytes / 1e6:,.1f} MB)"
+            f"{c.kv_cache_dtype}, indexer cache {c.index_cache_dtype}; {self.plan.describe()}"
         )
 
-    def _default_pages(self, config: EngineConfig, max_model_len: int) -> int:
-        """Room for max_num_seqs requests of full length, within a share of the free memory."""
-        affordable = int(free_memory(config.device) * CACHE_SHARE) // self.page_bytes
-        if affordable < 1:
-            raise ConfigError(
-                f"num_pages: no room for one page of {self.page_bytes} bytes; give num_pages"
-            )
-        return min(config.max_num_seqs * pages_for(max_model_len), affordable)
+    def _plan_memory(self) -> MemoryPlan:
+        """With the weights in place."""
+        c, topk = self.config, self.model_config.index_topk
+        assert c.max_model_len is not None
+        free = free_memory(c.device)
+        on_gpu, graphs = self.device.type == "cuda", c.cuda_graph == "on"
+        paths = context_bounds(topk, c.max_model_len) if graphs else ()
+        return plan_memory(
+            self.model_config,
+            c,
+            weight_bytes=self.weight_bytes,
+            free_bytes=free,
+            total_bytes=torch.cuda.mem_get_info(self.device)[1] if on_gpu else free,
+            graph_sizes=[size for _ in paths for size in batch_sizes(c.max_num_seqs)],
+        )
 
     def decode_graphs(self) -> DecodeGraphs:
         """For max_num_seqs requests of up to max_model_len tokens; nothing is captured yet."""

@@ -4,10 +4,10 @@ import functools
 from collections.abc import Callable, Iterator
 
 import torch
-from bench_inputs import CONTEXTS, EXACT, FP8, ROUNDED, Case, Dims, Run, fp8, fp8_segment, normal
-from bench_small import norms, preparations, writes
 from torch import Tensor
 
+from bench_inputs import CONTEXTS, EXACT, FP8, ROUNDED, Case, Dims, Run, fp8, fp8_segment, normal
+from bench_small import norms, preparations, writes
 from minidsv.kernels.absorb import absorb_cost, absorb_q, absorb_v
 from minidsv.kernels.constants import PAGE_SIZE
 from minidsv.kernels.gemm import Segment, fused_linear, fused_linear_cost

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from bench_cases import all_cases
 from bench_inputs import FULL, TP8, Case
 from bench_timing import copies_for, graph_us
-from torch import Tensor
-
 from minidsv.kernels.pdl import PDL_MODES, PdlMode
 
 DIMS = {d.name: d for d in (FULL, TP8)}

@@ -1,6 +1,6 @@
 """Streamed /generate beside LLM.generate on one engine: what serving adds to a decode step.
 
-    python scripts/bench_serving.py --model configs/mini.json --load-format random --concurrency 1 8 64
+    python scripts/bench_serving.py --model configs/mini.json --load-format random
 
 First `LLM.generate` on as many random prompts; CUDA events around each replay of a graph give the
 replay's time and the device's idle time between two. Then the server over the same engine, and a
@@ -26,8 +26,6 @@ from typing import Annotated, Any
 import torch
 import typer
 from prometheus_client.parser import text_string_to_metric_families
-from rich.console import Console
-from rich.table import Table
 
 from minidsv import LLM, SamplingParams
 from minidsv.cli import engine_options, run_app
@@ -166,29 +164,21 @@ def bench_serving(
     llm = LLM(**engine)
     runner, model = llm.engine.runner, llm.engine.model_config
     params = SamplingParams(max_tokens=tokens, ignore_eos=True)
-    replays, measured, wanted = (
-        timed(runner.graphs),
-        list[tuple[Any, ...]](),
-        list[list[list[int]]](),
-    )
+    replays = timed(runner.graphs)
+    measured, wanted, times = list[tuple[Any, ...]](), list[list[list[int]]](), list[float]()
     groups = [prompts_for(count, prompt_tokens, model.vocab_size) for count in concurrency]
     for group in groups:
         llm.generate(group, params)
         replays.clear()
-        times = [time.perf_counter()]
+        times.clear()
         outputs = llm.generate(group, params, lambda _: times.append(time.perf_counter()))
         steps = times[:: len(group)][tokens // 4 :]
         step_us = 1e6 * statistics.median(b - a for a, b in pairwise(steps))
         measured.append((*replay_and_idle(replays), step_us))
         wanted.append([output.outputs[0].token_ids for output in outputs])
     sampling = {"max_new_tokens": tokens, "ignore_eos": True, "temperature": 0}
-    bodies = [
-        [
-            json.dumps({"input_ids": ids, "stream": True, "sampling_params": sampling}).encode()
-            for ids in group
-        ]
-        for group in groups
-    ]
+    body = {"stream": True, "sampling_params": sampling}
+    bodies = [[json.dumps(body | {"input_ids": ids}).encode() for ids in group] for group in groups]
     answers, page = serve_and_ask(llm, bodies)
     results = []
     for count, (replay, idle, step_us), group, want in zip(
@@ -214,12 +204,10 @@ def bench_serving(
 
 
 def report(llm: LLM, results: list[Result], page: str) -> None:
-    table = Table(*Result.__annotations__, "itl / replay")
     for r in results:
-        ratio = "-" if r.replay_us is None else f"{r.itl_us / r.replay_us:.3f}"
-        cells = ["-" if value is None else f"{value:,.4g}" for value in asdict(r).values()]
-        table.add_row(*cells, ratio)
-    Console().print(table)
+        fields = ", ".join(f"{k} {v:,.4g}" for k, v in asdict(r).items() if v is not None)
+        ratio = "" if r.replay_us is None else f", itl / replay {r.itl_us / r.replay_us:.3f}"
+        print(fields + ratio)
     counts = {
         sample.name.removeprefix("minidsv:"): sample.value
         for family in text_string_to_metric_families(page)

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Iterator
 
 import torch
-from bench_inputs import EXACT, FP8, Case, Dims, Run, normal, rope_tables
 from torch import Tensor
 
+from bench_inputs import EXACT, FP8, Case, Dims, Run, normal, rope_tables
 from minidsv.kernels.argmax import argmax, argmax_cost
 from minidsv.kernels.index_cache import fp8_page_bytes
 from minidsv.kernels.indexer_prep import (
