@@ -17,9 +17,10 @@ from minidsv.batch import StepBatch
 from minidsv.bench_options import BenchOptions
 from minidsv.bench_variants import operators, settle_variants
 from minidsv.block_manager import pages_for
-from minidsv.checkpoint import Weight, fill, load_checkpoint
+from minidsv.checkpoint import Weight
 from minidsv.config import ModelConfig
-from minidsv.engine_config import EngineConfig, model_path
+from minidsv.engine import load_weights
+from minidsv.engine_config import EngineConfig
 from minidsv.errors import ConfigError
 from minidsv.graph import context_bounds
 from minidsv.kernels.constants import PAGE_SIZE
@@ -27,7 +28,6 @@ from minidsv.kernels.index_cache import set_index_k_buffer
 from minidsv.kernels.set_mla_kv_buffer import set_mla_kv_buffer, set_mla_kv_buffer_fp8_quant
 from minidsv.kv_cache import KVCache, bytes_per_token
 from minidsv.model import DeepseekV32
-from minidsv.random_weights import random_tensors
 from minidsv.resolve import resolve
 from minidsv.threads import limit_threads
 
@@ -58,7 +58,7 @@ class Rig:
         variants = settle_variants(config, options)
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        weights = _load(config, model)
+        weights = load_weights(config, model)
         limit_threads(config.device, sum(weight.nbytes for weight in weights.values()))
         needed = 0
         if steps:
@@ -168,16 +168,6 @@ def _check_lengths(config: EngineConfig, options: BenchOptions, steps: int) -> N
         raise ConfigError(
             f"context: {longest}{after} are more than max_model_len {config.max_model_len}"
         )
-
-
-def _load(config: EngineConfig, model: ModelConfig) -> dict[str, Weight]:
-    device, dtype = torch.device(config.device), getattr(torch, config.dtype)
-    if config.load_format == "random":
-        tensors = random_tensors(model, seed=config.seed, fp8=model.fp8_weights, device=device)
-        return fill(tensors, device=device, dtype=dtype, quantization=config.quantization)
-    return load_checkpoint(
-        model_path(config), model, device=device, dtype=dtype, quantization=config.quantization
-    )
 
 
 def _allocate(config: EngineConfig, model: ModelConfig, pages: int) -> KVCache:

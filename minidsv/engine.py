@@ -64,7 +64,7 @@ class Engine:
         self.runner = ModelRunner(
             self.model_config,
             self.config,
-            _load(self.config, self.model_config),
+            load_weights(self.config, self.model_config),
             self.eos_token_ids,
         )
         self.block_manager = BlockManager(self.runner.num_pages, self.config.enable_prefix_caching)
@@ -263,7 +263,8 @@ def _folder(config: EngineConfig) -> Path:
     return path
 
 
-def _load(config: EngineConfig, model: ModelConfig) -> dict[str, Weight]:
+def load_weights(config: EngineConfig, model: ModelConfig) -> dict[str, Weight]:
+    """The parameters as a resolved config wants them: read, or random."""
     device, dtype = torch.device(config.device), getattr(torch, config.dtype)
     if config.load_format == "random":
         tensors = random_tensors(model, seed=config.seed, fp8=model.fp8_weights, device=device)
