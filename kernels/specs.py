@@ -3,6 +3,8 @@
 from minidsv.kernels import (
     absorb_triton,
     argmax_triton,
+    attention_prep_triton,
+    combine_triton,
     embedding_triton,
     gemm_triton,
     gemv_triton,
@@ -25,6 +27,8 @@ from minidsv.kernels.launch import KernelSpec
 FAMILIES = (
     absorb_triton,
     argmax_triton,
+    attention_prep_triton,
+    combine_triton,
     embedding_triton,
     gemm_triton,
     gemv_triton,
