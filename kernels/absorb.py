@@ -21,19 +21,23 @@ def absorb_v_ref(latent: Tensor, w_uv: Tensor) -> Tensor:
     return torch.einsum("thc,hvc->thv", latent, w_uv).flatten(1)
 
 
-def _assert_heads(name: str, x: Tensor, weight: Tensor, axis: int) -> None:
+def assert_heads(name: str, x: Tensor, weight: Tensor, axis: int) -> None:
     """x [T, H, K] against weight [H, *, *] whose `axis` is K."""
     assert x.dim() == weight.dim() == 3, f"{name} {tuple(x.shape)}, weight {tuple(weight.shape)}"
     assert x.shape[1:] == (weight.shape[0], weight.shape[axis]), (
         f"{name} {tuple(x.shape)} is not [T, {weight.shape[0]}, {weight.shape[axis]}]"
     )
-    assert x.dtype == weight.dtype, f"{name} {x.dtype}, weight {weight.dtype}"
     assert weight.stride(2) == 1, f"weight strides {weight.stride()}: want contiguous rows"
+
+
+def _assert_dtype(name: str, x: Tensor, weight: Tensor) -> None:
+    assert x.dtype == weight.dtype, f"{name} {x.dtype}, weight {weight.dtype}"
 
 
 def absorb_q(q_nope: Tensor, w_uk: Tensor, pdl: PdlMode | None = None) -> Tensor:
     """q_nope [T, H, n] (any view with contiguous rows), w_uk [H, n, C] -> [T, H, C]."""
-    _assert_heads("q_nope", q_nope, w_uk, 1)
+    assert_heads("q_nope", q_nope, w_uk, 1)
+    _assert_dtype("q_nope", q_nope, w_uk)
     mode = triton_mode(q_nope, pdl)
     if mode is None:
         return absorb_q_ref(q_nope, w_uk)
@@ -44,7 +48,8 @@ def absorb_q(q_nope: Tensor, w_uk: Tensor, pdl: PdlMode | None = None) -> Tensor
 
 def absorb_v(latent: Tensor, w_uv: Tensor, pdl: PdlMode | None = None) -> Tensor:
     """latent [T, H, C], w_uv [H, v, C] -> [T, H * v]."""
-    _assert_heads("latent", latent, w_uv, 2)
+    assert_heads("latent", latent, w_uv, 2)
+    _assert_dtype("latent", latent, w_uv)
     mode = triton_mode(latent, pdl)
     if mode is None:
         return absorb_v_ref(latent, w_uv)

@@ -16,31 +16,54 @@ from minidsv.kernels.pdl import PdlMode
 from minidsv.kernels.tile import Tile
 
 
-@triton.jit(do_not_specialize=("m",))
-def _absorb_kernel(
-    x, w, out, m, n, k_size, x_token, x_head, w_head, w_row, w_column,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
+@triton.jit
+def load_weights(
+    w, block, n, k_size, w_row, w_column, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
-    head = tl.program_id(1).to(tl.int64)
-    rows = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
-    tokens = (tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    """The first BLOCK_K columns of a block of rows; w points to the head's."""
+    rows, k = (block * BLOCK_N + tl.arange(0, BLOCK_N))[:, None], tl.arange(0, BLOCK_K)[None, :]
+    return tl.load(w + rows * w_row + k * w_column, mask=(rows < n) & (k < k_size), other=0.0)
+
+
+@triton.jit
+def multiply_block(
+    tile, w, x, out, block, token, m, n, k_size, x_token, out_token, w_row, w_column,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A block of one head's outputs, of the tokens from `token` on; w, x and out point to the
+    head's. `tile` holds the first columns of the weights."""
+    rows = (block * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
+    tokens = (token + tl.arange(0, BLOCK_M))[:, None]
     k = tl.arange(0, BLOCK_K)[None, :]
-    w += head * w_head + rows * w_row + k * w_column
-    x += head * x_head + tokens.to(tl.int64) * x_token + k
-    if PDL == "prefetch":
-        tile = tl.load(w, mask=(rows < n) & (k < k_size), other=0.0)
-    pdl_begin(PDL)
-    if PDL != "prefetch":
-        tile = tl.load(w, mask=(rows < n) & (k < k_size), other=0.0)
+    w += rows * w_row + k * w_column
+    x += tokens.to(tl.int64) * x_token + k
     values = tl.load(x, mask=(tokens < m) & (k < k_size), other=0.0)
     total = tl.dot(tile, tl.trans(values))
     for k0 in range(BLOCK_K, k_size, BLOCK_K):
         tile = tl.load(w + k0 * w_column, mask=(rows < n) & (k < k_size - k0), other=0.0)
         values = tl.load(x + k0, mask=(tokens < m) & (k < k_size - k0), other=0.0)
         total = tl.dot(tile, tl.trans(values), total)
-    at = (tokens.to(tl.int64) * tl.num_programs(1) + head) * n + tl.trans(rows)
+    at = tokens.to(tl.int64) * out_token + tl.trans(rows)
     y = tl.trans(total).to(out.dtype.element_ty)
     tl.store(out + at, y, mask=(tokens < m) & (tl.trans(rows) < n))
+
+
+@triton.jit(do_not_specialize=("m",))
+def _absorb_kernel(
+    x, w, out, m, n, k_size, x_token, x_head, w_head, w_row, w_column,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    block, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    w += head * w_head
+    if PDL == "prefetch":
+        tile = load_weights(w, block, n, k_size, w_row, w_column, BLOCK_N, BLOCK_K)
+    pdl_begin(PDL)
+    if PDL != "prefetch":
+        tile = load_weights(w, block, n, k_size, w_row, w_column, BLOCK_N, BLOCK_K)
+    multiply_block(
+        tile, w, x + head * x_head, out + head * n, block, tl.program_id(2) * BLOCK_M, m, n, k_size,
+        x_token, tl.num_programs(1) * n, w_row, w_column, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
     pdl_end(PDL)
 
 

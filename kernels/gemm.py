@@ -3,10 +3,15 @@
     BF16 weights    as they are
     FP8 weights     w[o, i] = w8[o, i] * scale[o // 128, i // 128]; x stays unquantised (W8A16)
 
-`linear` is one projection (q_b, o_proj, the MLPs; with fp32 output lm_head and the small gates),
-`fused_linear` up to four of the same x in one launch, `fused_a_gemm` its use at the head of an
-attention layer (the "fused A GEMM" of TensorRT-LLM and SGLang, with the indexer's projections).
-Called by every layer. Kernels: gemv_triton (few tokens), gemm_triton (the others).
+`linear` is one projection (o_proj; with fp32 output lm_head and the small gates), `fused_linear` up
+to four of the same x in one launch, `normed_linear` the same of a norm that is still to be applied,
+which for few tokens takes no launch of its own:
+
+    w rms_norm(h) = (w (h gain)) / sqrt(mean(h^2) + eps)        h = out + residual
+
+`fused_a_gemm` is its use at the head of an attention layer (the "fused A GEMM" of TensorRT-LLM and
+SGLang, with the indexer's projections). Called by every layer. Kernels: gemv_triton (one token),
+gemm_triton (the others).
 """
 
 from collections.abc import Sequence
@@ -16,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minidsv.kernels.norm import PreNorm, assert_pre_norm, pre_norm
 from minidsv.kernels.pdl import PdlMode, triton_mode
 from minidsv.kernels.quant import block_scale_shape, dequantize_fp8_blocks
 
@@ -60,6 +66,12 @@ def _assert_segment(x: Tensor, segment: Segment) -> None:
         assert scale.dtype == torch.float32, f"scale {scale.dtype} is not float32"
 
 
+def _assert_segments(x: Tensor, segments: Sequence[Segment]) -> None:
+    assert 1 <= len(segments) <= MAX_SEGMENTS, f"{len(segments)} segments: 1 to {MAX_SEGMENTS}"
+    for segment in segments:
+        _assert_segment(x, segment)
+
+
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -79,42 +91,60 @@ def fused_linear(
     x: Tensor, segments: Sequence[Segment], pdl: PdlMode | None = None
 ) -> list[Tensor]:
     """Up to 4 projections of x [T, in] in one launch -> one [T, out] each, in order."""
-    assert 1 <= len(segments) <= MAX_SEGMENTS, f"{len(segments)} segments: 1 to {MAX_SEGMENTS}"
-    for segment in segments:
-        _assert_segment(x, segment)
+    _assert_segments(x, segments)
     mode = triton_mode(x, pdl)
     if mode is None:
         return [linear_ref(x, s.weight, s.scale, s.out_dtype) for s in segments]
     from minidsv.kernels.linear_triton import project
 
-    return project(x, segments, mode)
+    return project(x, segments, mode)[0]
+
+
+def normed_linear(
+    x: PreNorm, segments: Sequence[Segment], pdl: PdlMode | None = None
+) -> tuple[list[Tensor], Tensor]:
+    """fused_linear of the norm of x [T, in] -> (one [T, out] each, the next block's residual).
+
+    The Triton kernels round x * gain to x's dtype, or nothing, instead of the norm.
+    """
+    assert_pre_norm(x)
+    _assert_segments(x.residual, segments)
+    mode = triton_mode(x.residual, pdl)
+    if mode is None:
+        normed, residual = pre_norm(x)
+        return fused_linear(normed, segments), residual
+    from minidsv.kernels.linear_triton import project
+
+    return project(x.residual, segments, mode, x)
 
 
 def fused_a_gemm(
-    x: Tensor,
+    x: PreNorm,
     q_a: Segment,
     kv_a: Segment,
     wk: Segment | None,
     weights_proj: Tensor | None,
     pdl: PdlMode | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Everything that an attention layer projects from x [T, hidden], in one launch.
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
+    """Everything that an attention layer projects from the norm of x [T, hidden].
 
     q_a [q_lora, hidden], kv_a [kv_lora + rope, hidden], the indexer's wk [128, hidden] and
     weights_proj [index heads, hidden], both None in a layer that owns no indexer -> the four
-    outputs in that order; weights_proj's is fp32.
+    outputs in that order, weights_proj's in fp32, and the next block's residual.
     """
     segments = [q_a, kv_a]
     if wk is not None:
         segments.append(wk)
     if weights_proj is not None:
         segments.append(Segment(weights_proj, out_dtype=torch.float32))
-    outputs = iter(fused_linear(x, segments, pdl))
+    projected, residual = normed_linear(x, segments, pdl)
+    outputs = iter(projected)
     return (
         next(outputs),
         next(outputs),
         None if wk is None else next(outputs),
         None if weights_proj is None else next(outputs),
+        residual,
     )
 
 

@@ -2,31 +2,28 @@
 
     narrow   up to 16 tokens or so: each warp sums its own 128 columns of a [BLOCK_N, KS * 128] tile
              (a batched dot), so that few rows a program suffice to fill the device; the warps'
-             sums are added at the end
+             sums are added at the end; with NORM (segments_triton) x is normalised
     wide     more tokens: tiles of [BLOCK_N, BLOCK_M] outputs
 
 FP8 weights become bf16 exactly, by integer arithmetic, and each 128 columns' sum is scaled in fp32.
 In prefetch mode the first tiles of a program's weights are drawn into L2 before the wait.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import triton
 import triton.language as tl
 
 from minidsv.kernels.launch import KernelSpec, pdl_begin, pdl_end
 from minidsv.kernels.segments_triton import (
-    REPLAY_CONSTANT,
+    WEIGHTS,
     Arguments,
     has_type,
     launch_rows,
     locate,
+    operand,
     select,
     store,
 )
 from minidsv.kernels.tile import Tile
-from minidsv.kernels.tiles_gemm import Tiles
 
 
 @triton.jit
@@ -79,8 +76,8 @@ def _outputs(row, n, token, m, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _narrow(
-    w, s, x, row, n, m, k_size, x_stride,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KS: tl.constexpr,
+    w, s, x, norm, eps, row, n, m, k_size, x_stride,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KS: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     """[BLOCK_M, BLOCK_N] outputs of one program."""
     rows = (row + tl.arange(0, BLOCK_N))[None, :, None]
@@ -90,38 +87,55 @@ def _narrow(
     w += row.to(tl.int64) * k_size
     w += (rows - row) * k_size + k
     x += tokens * x_stride + k
+    if NORM:
+        update, total_out, gain, added = norm
+        norm = (update + tokens * x_stride + k, total_out + tokens * k_size + k, gain + k, added)
     s += (row // 128) * tl.cdiv(k_size, 128) + part
     total = tl.zeros([KS, BLOCK_N, BLOCK_M], tl.float32)
+    squares = tl.zeros([KS, BLOCK_M, 16], tl.float32)
     for k0 in range(0, k_size, KS * 128):
         tile = tl.load(w + k0, mask=(rows < n) & (k < k_size - k0), other=0.0)
-        values = tl.load(x + k0, mask=(tokens < m) & (k < k_size - k0), other=0.0)
+        turn = k0 // (KS * 128)
+        values, more = operand(x, norm, k0, tokens < m, k, k_size - k0, turn, NORM)
+        if NORM:
+            values = values.to(x.dtype.element_ty)
+            squares += tl.sum(tl.reshape(more, [KS, BLOCK_M, 16, 8]), 3)
         sums = tl.dot(as_operand(tile, values, False), tl.permute(values, (0, 2, 1)))
         if tile.dtype == tl.float8e4nv:
             sums *= tl.load(s + k0 // 128, mask=part * 128 < k_size - k0, other=0.0)
         total += sums
-    return tl.trans(tl.sum(total, 0))
+    y = tl.trans(tl.sum(total, 0))
+    if NORM:
+        y *= tl.rsqrt(tl.sum(tl.sum(squares, 2), 0) / k_size + eps)[:, None]
+    return y
 
 
-@triton.jit(do_not_specialize=("m", "n0", "n1", "n2", "n3"))
+@triton.jit(do_not_specialize=("m", "n0", "n1", "n2", "n3", "added"))
 def _narrow_kernel(
     x, w0, w1, w2, w3, s0, s1, s2, s3, o0, o1, o2, o3, n0, n1, n2, n3, m, k_size, x_stride,
+    update, total, gain, added, eps,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, OTHER_N: tl.constexpr, KS: tl.constexpr,
-    PDL: tl.constexpr,
+    NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     MIXED: tl.constexpr = w0.dtype != w3.dtype
     slot, n, row = locate(tl.program_id(0), w0, w1, w2, w3, n0, n1, n2, n3, BLOCK_N, OTHER_N)
     w, s = select(slot, w0, w1, w2, w3, w0), select(slot, s0, s1, s2, s3, s0)
     main = has_type(slot, w0, w1, w2, w3, w0)
+    norm = (update, total, gain, added)
     if PDL == "prefetch":
         draw(w, tl.where(main, row, 0), tl.where(main, n, 1), k_size, BLOCK_N, KS * 256)
     pdl_begin(PDL)
     if main:
-        y = _narrow(w, s, x, row, n, m, k_size, x_stride, BLOCK_M, BLOCK_N, KS)
+        y = _narrow(
+            w, s, x, norm, eps, row, n, m, k_size, x_stride, BLOCK_M, BLOCK_N, KS, NORM
+        )  # fmt: skip
         at, mask = _outputs(row, n, 0, m, BLOCK_M, BLOCK_N)
         store(slot, o0, o1, o2, o3, at, y, mask)
     elif MIXED:
         v, t = select(slot, w0, w1, w2, w3, w3), select(slot, s0, s1, s2, s3, s3)
-        z = _narrow(v, t, x, row, n, m, k_size, x_stride, BLOCK_M, OTHER_N, KS)
+        z = _narrow(
+            v, t, x, norm, eps, row, n, m, k_size, x_stride, BLOCK_M, OTHER_N, KS, NORM
+        )  # fmt: skip
         z_at, z_mask = _outputs(row, n, 0, m, BLOCK_M, OTHER_N)
         store(slot, o0, o1, o2, o3, z_at, z, z_mask)
     pdl_end(PDL)
@@ -191,22 +205,20 @@ def wide_sizes(tile: Tile) -> Sizes:
     return {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
 
 
-def _spec(
-    kernel: Any,
-    size: int,
-    tiles: Callable[[Tiles], tuple[Tile, ...]],
-    sizes: Callable[[Tile], Sizes],
-    n: str,
-) -> KernelSpec:
-    """Of weights of `size` bytes; `n` is the type of the slots' numbers of rows."""
+def _spec(size: int, narrow: bool) -> KernelSpec:
+    """Of weights of `size` bytes."""
+    # the narrow kernel takes any numbers of rows, the wide one those that it finds in the models
+    n = "i32" if narrow else "i32:16"
+    sizes = narrow_sizes if narrow else wide_sizes
 
     def own(tile: Tile) -> Arguments:
         return {"m": "i32", "x_stride": "i32:16", **dict.fromkeys(ROWS, n), **sizes(tile)}
 
-    rows = launch_rows(size, tiles, own)
-    return KernelSpec(kernel, rows, REPLAY_CONSTANT, fp_fusion=True)
+    rows = launch_rows(size, lambda t: t.narrow if narrow else t.wide, own, normed=narrow)
+    constant = WEIGHTS | {"gain"} if narrow else WEIGHTS
+    return KernelSpec(_narrow_kernel if narrow else _wide_kernel, rows, constant, fp_fusion=True)
 
 
-NARROW = {n: _spec(_narrow_kernel, n, lambda t: t.narrow, narrow_sizes, "i32") for n in (1, 2)}
-WIDE = {n: _spec(_wide_kernel, n, lambda t: t.wide, wide_sizes, "i32:16") for n in (1, 2)}
+NARROW = {size: _spec(size, narrow=True) for size in (1, 2)}
+WIDE = {size: _spec(size, narrow=False) for size in (1, 2)}
 SPECS = (*NARROW.values(), *WIDE.values())

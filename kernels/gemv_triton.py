@@ -11,10 +11,11 @@ import triton.language as tl
 
 from minidsv.kernels.launch import KernelSpec, pdl_begin, pdl_end
 from minidsv.kernels.segments_triton import (
-    REPLAY_CONSTANT,
+    WEIGHTS,
     has_type,
     launch_rows,
     locate,
+    operand,
     select,
     store,
 )
@@ -32,33 +33,48 @@ def _weights(w, row, n, k_size, k0, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
 
 
 @triton.jit
-def _products(weights, scale, x, k_size, k0, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """[BLOCK_N, BLOCK_K / 8] sums of eight products; `scale` is the row block's."""
+def _products(
+    weights, scale, x, norm, k_size, k0,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_N, BLOCK_K / 8] sums of eight products; `scale` is the row block's. With NORM also
+    [BLOCK_K / 8] sums of eight squares, else 0."""
     k = k0 + tl.arange(0, BLOCK_K)
-    values = tl.load(x + k, mask=k < k_size, other=0.0)
+    values, squares = operand(x, norm, k, True, k, k_size, k0 // BLOCK_K, NORM)
     products = weights.to(tl.float32) * values.to(tl.float32)[None, :]
     sums = tl.sum(tl.reshape(products, [BLOCK_N, BLOCK_K // 8, 8]), 2)
     if weights.dtype == tl.float8e4nv:
         at = k0 + tl.arange(0, BLOCK_K // 8) * 8
         sums *= tl.load(scale + at // 128, mask=at < k_size, other=0.0)[None, :]
-    return sums
+    if NORM:
+        squares = tl.sum(tl.reshape(squares, [BLOCK_K // 8, 8]), 1)
+    return sums, squares
 
 
 @triton.jit
-def _rows(tile, w, s, x, row, n, k_size, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+def _rows(
+    tile, w, s, x, norm, eps, row, n, k_size,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
     """[BLOCK_N] outputs; `tile` holds the first BLOCK_K columns."""
     scale = s + (row // 128) * tl.cdiv(k_size, 128)
-    total = _products(tile, scale, x, k_size, 0, BLOCK_N, BLOCK_K)
+    total, squares = _products(tile, scale, x, norm, k_size, 0, BLOCK_N, BLOCK_K, NORM)
     for k0 in range(BLOCK_K, k_size, BLOCK_K):
         tile = _weights(w, row, n, k_size, k0, BLOCK_N, BLOCK_K)
-        total += _products(tile, scale, x, k_size, k0, BLOCK_N, BLOCK_K)
-    return tl.sum(total, 1)
+        sums, more = _products(tile, scale, x, norm, k_size, k0, BLOCK_N, BLOCK_K, NORM)
+        total += sums
+        if NORM:
+            squares += more
+    y = tl.sum(total, 1)
+    return y * tl.rsqrt(tl.sum(squares) / k_size + eps) if NORM else y
 
 
-@triton.jit(do_not_specialize=("n0", "n1", "n2", "n3"))
+@triton.jit(do_not_specialize=("n0", "n1", "n2", "n3", "added"))
 def _gemv_kernel(
     x, w0, w1, w2, w3, s0, s1, s2, s3, o0, o1, o2, o3, n0, n1, n2, n3, k_size,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OTHER_N: tl.constexpr, PDL: tl.constexpr,
+    update, total, gain, added, eps,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OTHER_N: tl.constexpr, NORM: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     MIXED: tl.constexpr = w0.dtype != w3.dtype
     slot, n, row = locate(tl.program_id(0), w0, w1, w2, w3, n0, n1, n2, n3, BLOCK_N, OTHER_N)
@@ -66,6 +82,7 @@ def _gemv_kernel(
     s = select(slot, s0, s1, s2, s3, s0)
     main = has_type(slot, w0, w1, w2, w3, w0)
     readable = tl.where(main, n, 0)  # nothing is read for a program of the other type
+    norm = (update, total, gain, added)
     if PDL == "prefetch":
         tile = _weights(w, row, readable, k_size, 0, BLOCK_N, BLOCK_K)
         if MIXED:
@@ -78,12 +95,12 @@ def _gemv_kernel(
             w_other = select(slot, w0, w1, w2, w3, w3)
             other = _weights(w_other, row, n - readable, k_size, 0, OTHER_N, BLOCK_K)
     if main:
-        y = _rows(tile, w, s, x, row, n, k_size, BLOCK_N, BLOCK_K)
+        y = _rows(tile, w, s, x, norm, eps, row, n, k_size, BLOCK_N, BLOCK_K, NORM)
         at = row + tl.arange(0, BLOCK_N)
         store(slot, o0, o1, o2, o3, at, y, at < n)
     elif MIXED:
         s_other = select(slot, s0, s1, s2, s3, s3)
-        z = _rows(other, w_other, s_other, x, row, n, k_size, OTHER_N, BLOCK_K)
+        z = _rows(other, w_other, s_other, x, norm, eps, row, n, k_size, OTHER_N, BLOCK_K, NORM)
         at_other = row + tl.arange(0, OTHER_N)
         store(slot, o0, o1, o2, o3, at_other, z, at_other < n)
     pdl_end(PDL)
@@ -101,7 +118,7 @@ def sizes(tile: Tile) -> dict[str, int]:
 def _spec(size: int) -> KernelSpec:
     """Of weights of `size` bytes."""
     rows = launch_rows(size, lambda tiles: (tiles.gemv,), sizes)
-    return KernelSpec(_gemv_kernel, rows, REPLAY_CONSTANT, fp_fusion=True)
+    return KernelSpec(_gemv_kernel, rows, WEIGHTS | {"gain"}, fp_fusion=True)
 
 
 GEMV = {1: _spec(1), 2: _spec(2)}

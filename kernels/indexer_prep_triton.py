@@ -7,6 +7,8 @@ fp32 sum, then between the parts, and scaled once. Gain and bias are replay-cons
 mode they are loaded before the wait.
 """
 
+from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import torch
@@ -89,58 +91,46 @@ def _turn_parts(a, b, cos, sin, rows, inside, HALF: tl.constexpr):
 
 
 @triton.jit
-def _q_parts(
-    q, cos, sin, heads, token_stride, head_stride, H,
-    HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
+def prepare_queries(
+    q, gate, cos, sin, out, weights, token, heads, H, head_scale, softmax_scale,
+    NORM: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
+    MAX: tl.constexpr, FLOOR: tl.constexpr,
 ):  # fmt: skip
-    """The rotated parts of one token's `heads`."""
-    token = tl.program_id(0).to(tl.int64)
-    inside = (heads < H)[:, None]
-    rows = q + token * token_stride + heads[:, None].to(tl.int64) * head_stride
-    a, b, c, d = _load_parts(rows, inside, HALF, INTERLEAVED)
+    """`heads` of one token (int64): q points to their rows [N, 1], gate to the token's."""
+    inside = heads < H
+    w = tl.load(gate + heads, mask=inside, other=0.0) * head_scale
+    a, b, c, d = _load_parts(q, inside[:, None], HALF, INTERLEAVED)
     a, b = _turn_parts(a, b, cos, sin, token, True, HALF)
-    return a, b, c, d
+    rows = out + (token * H + heads[:, None]) * (4 * HALF)
+    if out.dtype.element_ty.is_fp8():
+        parts, scale = _quantize(_hadamard((a, b, c, d), NORM, HALF), MAX, FLOOR)
+        _store_parts(rows, inside[:, None], parts, HALF, INTERLEAVED)
+        w *= scale
+    else:
+        _store_parts(rows, inside[:, None], (a, b, c, d), HALF, INTERLEAVED)
+    tl.store(weights + token * H + heads, w * softmax_scale, mask=inside)
 
 
 @triton.jit(do_not_specialize=["H"])
-def _index_q_plain_kernel(
-    q, gate, cos, sin, out, weights, token_stride, head_stride, gate_stride, H,
-    head_scale, softmax_scale,
-    D: tl.constexpr, HALF: tl.constexpr, BH: tl.constexpr, INTERLEAVED: tl.constexpr,
-    PDL: tl.constexpr,
-):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64)
-    heads = tl.program_id(1) * BH + tl.arange(0, BH)
-    pdl_begin(PDL)
-    w = tl.load(gate + token * gate_stride + heads, mask=heads < H, other=0.0) * head_scale
-    parts = _q_parts(q, cos, sin, heads, token_stride, head_stride, H, HALF, INTERLEAVED)
-    rows = out + (token * H + heads[:, None]) * D
-    _store_parts(rows, (heads < H)[:, None], parts, HALF, INTERLEAVED)
-    tl.store(weights + token * H + heads, w * softmax_scale, mask=heads < H)
-    pdl_end(PDL)
-
-
-@triton.jit(do_not_specialize=["H"])
-def _index_q_fp8_kernel(
+def _index_q_kernel(
     q, gate, cos, sin, out, weights, token_stride, head_stride, gate_stride, H,
     head_scale, softmax_scale, NORM: tl.constexpr,
-    D: tl.constexpr, HALF: tl.constexpr, BH: tl.constexpr, INTERLEAVED: tl.constexpr,
+    HALF: tl.constexpr, BH: tl.constexpr, INTERLEAVED: tl.constexpr,
     MAX: tl.constexpr, FLOOR: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1) * BH + tl.arange(0, BH)
     pdl_begin(PDL)
-    w = tl.load(gate + token * gate_stride + heads, mask=heads < H, other=0.0) * head_scale
-    parts = _q_parts(q, cos, sin, heads, token_stride, head_stride, H, HALF, INTERLEAVED)
-    parts, scale = _quantize(_hadamard(parts, NORM, HALF), MAX, FLOOR)
-    rows = out + (token * H + heads[:, None]) * D
-    _store_parts(rows, (heads < H)[:, None], parts, HALF, INTERLEAVED)
-    tl.store(weights + token * H + heads, w * scale * softmax_scale, mask=heads < H)
+    q += token * token_stride + heads[:, None].to(tl.int64) * head_stride
+    prepare_queries(
+        q, gate + token * gate_stride, cos, sin, out, weights, token, heads, H,
+        head_scale, softmax_scale, NORM, HALF, INTERLEAVED, MAX, FLOOR,
+    )  # fmt: skip
     pdl_end(PDL)
 
 
 @triton.jit
-def _load_vector(x, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
+def load_vector(x, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
     """A gain or bias [4 HALF] in the same parts, [1, HALF] each."""
     return _load_parts(x + tl.zeros((1, 1), tl.int32), True, HALF, INTERLEAVED)
 
@@ -167,64 +157,47 @@ def _layer_norm(parts, gains, biases, eps, D: tl.constexpr):
 
 
 @triton.jit
-def _k_parts(
-    k, gains, biases, cos, sin, tokens, k_stride, T, eps,
-    HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
+def write_keys(
+    keys, loc, k, gains, biases, cos, sin, tokens, T, eps, NORM: tl.constexpr,
+    HALF: tl.constexpr, INTERLEAVED: tl.constexpr, PAGE: tl.constexpr,
+    MAX: tl.constexpr, FLOOR: tl.constexpr,
 ):  # fmt: skip
-    """The normalised and rotated parts of the keys of `tokens` [BT] int64."""
+    """The keys of `tokens` [BT] (int64) whose rows k [BT, 1] points to; quantised if e4m3."""
+    D: tl.constexpr = 4 * HALF
     rows, inside = tokens[:, None], (tokens < T)[:, None]
-    parts = _load_parts(k + rows * k_stride, inside, HALF, INTERLEAVED)
-    a, b, c, d = _layer_norm(parts, gains, biases, eps, 4 * HALF)
-    a, b = _turn_parts(a, b, cos, sin, rows, inside, HALF)
-    return a, b, c, d
-
-
-@triton.jit(do_not_specialize=["T"])
-def _index_k_plain_kernel(
-    keys, loc, k, gain, bias, cos, sin, k_stride, T, eps,
-    D: tl.constexpr, HALF: tl.constexpr, BT: tl.constexpr, INTERLEAVED: tl.constexpr,
-    PDL: tl.constexpr,
-):  # fmt: skip
-    tokens = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
-    if PDL == "prefetch":
-        gains = _load_vector(gain, HALF, INTERLEAVED)
-        biases = _load_vector(bias, HALF, INTERLEAVED)
-    pdl_begin(PDL)
     slots = tl.load(loc + tokens, mask=tokens < T, other=0).to(tl.int64)
-    if PDL != "prefetch":
-        gains = _load_vector(gain, HALF, INTERLEAVED)
-        biases = _load_vector(bias, HALF, INTERLEAVED)
-    parts = _k_parts(
-        k, gains, biases, cos, sin, tokens, k_stride, T, eps, HALF, INTERLEAVED
-    )  # fmt: skip
-    _store_parts(keys + slots[:, None] * D, (tokens < T)[:, None], parts, HALF, INTERLEAVED)
-    pdl_end(PDL)
+    parts = _load_parts(k, inside, HALF, INTERLEAVED)
+    a, b, c, d = _layer_norm(parts, gains, biases, eps, D)
+    a, b = _turn_parts(a, b, cos, sin, rows, inside, HALF)
+    if keys.dtype.element_ty.is_fp8():
+        parts, scale = _quantize(_hadamard((a, b, c, d), NORM, HALF), MAX, FLOOR)
+        page, offset = slots // PAGE, slots % PAGE
+        to = keys + page * (PAGE * (D + 4)) + offset * D
+        _store_parts(to[:, None], inside, parts, HALF, INTERLEAVED)
+        at = page * (PAGE * (D + 4) // 4) + PAGE * D // 4 + offset
+        tl.store(keys.to(tl.pointer_type(tl.float32)) + at, scale, mask=tokens < T)
+    else:
+        _store_parts(keys + slots[:, None] * D, inside, (a, b, c, d), HALF, INTERLEAVED)
 
 
 @triton.jit(do_not_specialize=["T"])
-def _index_k_fp8_kernel(
-    keys, scales, loc, k, gain, bias, cos, sin, k_stride, T, eps, NORM: tl.constexpr,
-    D: tl.constexpr, HALF: tl.constexpr, BT: tl.constexpr, INTERLEAVED: tl.constexpr,
+def _index_k_kernel(
+    keys, loc, k, gain, bias, cos, sin, k_stride, T, eps, NORM: tl.constexpr,
+    HALF: tl.constexpr, BT: tl.constexpr, INTERLEAVED: tl.constexpr,
     PAGE: tl.constexpr, MAX: tl.constexpr, FLOOR: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     tokens = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     if PDL == "prefetch":
-        gains = _load_vector(gain, HALF, INTERLEAVED)
-        biases = _load_vector(bias, HALF, INTERLEAVED)
+        gains = load_vector(gain, HALF, INTERLEAVED)
+        biases = load_vector(bias, HALF, INTERLEAVED)
     pdl_begin(PDL)
-    slots = tl.load(loc + tokens, mask=tokens < T, other=0).to(tl.int64)
     if PDL != "prefetch":
-        gains = _load_vector(gain, HALF, INTERLEAVED)
-        biases = _load_vector(bias, HALF, INTERLEAVED)
-    parts = _k_parts(
-        k, gains, biases, cos, sin, tokens, k_stride, T, eps, HALF, INTERLEAVED
+        gains = load_vector(gain, HALF, INTERLEAVED)
+        biases = load_vector(bias, HALF, INTERLEAVED)
+    write_keys(
+        keys, loc, k + tokens[:, None] * k_stride, gains, biases, cos, sin, tokens, T, eps,
+        NORM, HALF, INTERLEAVED, PAGE, MAX, FLOOR,
     )  # fmt: skip
-    parts, scale = _quantize(_hadamard(parts, NORM, HALF), MAX, FLOOR)
-    page, offset = slots // PAGE, slots % PAGE
-    rows = keys + page * (PAGE * (D + 4)) + offset * D
-    _store_parts(rows[:, None], (tokens < T)[:, None], parts, HALF, INTERLEAVED)
-    at = page * (PAGE * (D + 4) // 4) + PAGE * D // 4 + offset
-    tl.store(scales + at, scale, mask=tokens < T)
     pdl_end(PDL)
 
 
@@ -232,58 +205,46 @@ _VECTORS: dict[str, str | int | float] = dict.fromkeys(("cos", "sin"), "*fp32:16
 _LAYOUTS = (False, True)  # interleaved; D 128, of which 64 are rotated
 
 
-def _fp8_constants(dim: int) -> dict[str, Any]:
-    return {"NORM": dim**-0.5} | FP8_LIMITS
+def constants(half: int, interleaved: bool) -> dict[str, Any]:
+    """What is known of rows of 4 `half` channels, quantised or not."""
+    return {"NORM": (4 * half) ** -0.5, "HALF": half, "INTERLEAVED": interleaved} | FP8_LIMITS
 
 
-def _q_rows(out: str, **more: Any) -> tuple[Row, ...]:
-    arguments = _VECTORS | {"q": "*bf16:16", "gate": "*fp32:16", "out": f"*{out}:16"} | more
-    arguments |= {"weights": "*fp32:16", "H": "i32", "head_scale": "fp32", "softmax_scale": "fp32"}
+def _q_rows() -> Iterator[Row]:
+    arguments: dict[str, Any] = _VECTORS | {
+        "q": "*bf16:16",
+        "gate": "*fp32:16",
+        "weights": "*fp32:16",
+    }
+    arguments |= {"H": "i32", "head_scale": "fp32", "softmax_scale": "fp32"}
     arguments |= {"token_stride": "i32:16", "head_stride": "i32:16", "gate_stride": "i32:16"}
-    return tuple(
-        Row(
-            arguments | {"D": 128, "HALF": 32, "BH": tile.block_m, "INTERLEAVED": layout},
-            tile.num_warps,
-        )
-        for tile in TABLES["index_q_prep"]
-        for layout in _LAYOUTS
-    )
+    for out, tile, layout in product(_TYPES, TABLES["index_q_prep"], _LAYOUTS):
+        sizes = {"out": f"*{out}:16", "BH": tile.block_m}
+        yield Row(arguments | sizes | constants(32, layout), tile.num_warps)
 
 
-def _k_rows(keys: str, **more: Any) -> tuple[Row, ...]:
-    arguments = _VECTORS | {"keys": f"*{keys}:16", "k": "*bf16:16", "T": "i32"} | more
+def _k_rows() -> Iterator[Row]:
+    arguments: dict[str, Any] = _VECTORS | {"k": "*bf16:16", "T": "i32", "PAGE": PAGE_SIZE}
     arguments |= {"gain": "*fp32:16", "bias": "*fp32:16", "k_stride": "i32:16", "eps": "fp32"}
-    return tuple(
-        Row(
-            arguments
-            | {"loc": f"*{loc}:16", "D": 128, "HALF": 32, "BT": tile.block_m}
-            | {"INTERLEAVED": layout},
-            tile.num_warps,
-        )
-        for loc in ("i64", "i32")
-        for tile in TABLES["index_k_write"]
-        for layout in _LAYOUTS
-    )
+    for keys, loc, tile, layout in product(
+        _TYPES, ("i64", "i32"), TABLES["index_k_write"], _LAYOUTS
+    ):
+        sizes = {"keys": f"*{keys}:16", "loc": f"*{loc}:16", "BT": tile.block_m}
+        yield Row(arguments | sizes | constants(32, layout), tile.num_warps)
 
 
-_CONSTANT = frozenset({"gain", "bias"})
-Q_PLAIN = KernelSpec(_index_q_plain_kernel, _q_rows("bf16"))
-Q_FP8 = KernelSpec(_index_q_fp8_kernel, _q_rows("fp8e4nv", **_fp8_constants(128)))
-K_PLAIN = KernelSpec(_index_k_plain_kernel, _k_rows("bf16"), _CONSTANT)
-K_FP8 = KernelSpec(
-    _index_k_fp8_kernel,
-    _k_rows("fp8e4nv", scales="*fp32:16", PAGE=PAGE_SIZE, **_fp8_constants(128)),
-    _CONSTANT,
-)
-SPECS = (Q_PLAIN, Q_FP8, K_PLAIN, K_FP8)
+_TYPES = ("bf16", "fp8e4nv")
+INDEX_Q = KernelSpec(_index_q_kernel, tuple(_q_rows()))
+INDEX_K = KernelSpec(_index_k_kernel, tuple(_k_rows()), frozenset({"gain", "bias"}))
+SPECS = (INDEX_Q, INDEX_K)
 
 
-def _parts(dim: int, cos: Tensor) -> dict[str, int]:
-    """D and HALF: the kernels turn the first half of the channels, in parts that a dot takes."""
+def half_of(dim: int, cos: Tensor) -> int:
+    """A quarter of the channels: the kernels turn the first half of them, in parts for a dot."""
     half = cos.shape[1]
     assert dim == 4 * half, f"{2 * half} of {dim} channels are rotated, want half of them"
     assert half in (16, 32), f"{dim} channels: the Triton kernels take 64 or 128"
-    return {"D": dim, "HALF": half}
+    return half
 
 
 def index_q_prep(
@@ -307,10 +268,9 @@ def index_q_prep(
     args: dict[str, Any] = {"q": q, "gate": gate, "cos": cos, "sin": sin, "out": out}
     args |= {"weights": weights, "head_scale": head_scale, "softmax_scale": softmax_scale}
     args |= {"token_stride": q.stride(0), "head_stride": q.stride(1), "H": heads}
-    args |= {"gate_stride": gate.stride(0), "BH": tile.block_m, "INTERLEAVED": interleaved}
-    args |= _parts(dim, cos) | (_fp8_constants(dim) if fp8 else {})
-    grid = (tokens, cdiv(heads, tile.block_m))
-    (Q_FP8 if fp8 else Q_PLAIN).launch(grid, mode, args, tile.num_warps)
+    args |= {"gate_stride": gate.stride(0), "BH": tile.block_m}
+    args |= constants(half_of(dim, cos), interleaved)
+    INDEX_Q.launch((tokens, cdiv(heads, tile.block_m)), mode, args, tile.num_warps)
     return out, weights
 
 
@@ -333,10 +293,11 @@ def index_k_write(
     tile = launch_config("index_k_write", tokens, (dim,))
     args: dict[str, Any] = {"loc": loc, "k": k, "gain": gain, "bias": bias, "eps": eps}
     args |= {"cos": cos, "sin": sin, "k_stride": k.stride(0), "T": tokens, "BT": tile.block_m}
-    args |= {"INTERLEAVED": interleaved} | _parts(dim, cos)
-    spec = K_PLAIN
-    if buffer.dtype == torch.uint8:
-        spec = K_FP8
-        args |= {"scales": buffer.view(torch.float32), "PAGE": PAGE_SIZE} | _fp8_constants(dim)
-        buffer = buffer.view(torch.float8_e4m3fn)
-    spec.launch((cdiv(tokens, tile.block_m),), mode, args | {"keys": buffer}, tile.num_warps)
+    args |= {"PAGE": PAGE_SIZE} | constants(half_of(dim, cos), interleaved)
+    args |= {"keys": typed(buffer)}
+    INDEX_K.launch((cdiv(tokens, tile.block_m),), mode, args, tile.num_warps)
+
+
+def typed(buffer: Tensor) -> Tensor:
+    """A cache of bytes as its e4m3 values."""
+    return buffer.view(torch.float8_e4m3fn) if buffer.dtype == torch.uint8 else buffer

@@ -16,26 +16,35 @@ from minidsv.kernels.gemv_triton import GEMV
 from minidsv.kernels.gemv_triton import sizes as gemv_sizes
 from minidsv.kernels.launch import KernelSpec
 from minidsv.kernels.launch_config import launch_config
+from minidsv.kernels.norm import PreNorm, pre_norm
 from minidsv.kernels.pdl import PdlMode
-from minidsv.kernels.segments_triton import slots, tiles
+from minidsv.kernels.segments_triton import norm_arguments, slots, tiles
 from minidsv.kernels.tile import Tile
+from minidsv.kernels.tiles_gemm import takes_norm
 
 
-def project(x: Tensor, segments: Sequence[Segment], mode: PdlMode) -> list[Tensor]:
-    """x [T, in] through each of `segments` -> [T, out] each, in one launch.
+def project(
+    x: Tensor, segments: Sequence[Segment], mode: PdlMode, norm: PreNorm | None = None
+) -> tuple[list[Tensor], Tensor]:
+    """x [T, in] through each of `segments` -> ([T, out] each, x), in one launch.
 
-    BF16 weights beside FP8 ones take a second, unless a gate's (fp32 out).
+    With `norm`, whose residual x is: what the norm makes of x, and the sum instead of x; in two
+    launches where the tile does not take it. BF16 weights beside FP8 ones take another, unless a
+    gate's (fp32 out).
     """
+    tile = launch_config("linear", len(x), (_size(segments), sum(len(s.weight) for s in segments)))
+    if norm is not None and not takes_norm(tile):
+        x, total = pre_norm(norm, mode)
+        return project(x, segments, mode)[0], total
     dense = [s.scale is None and s.out_dtype in (None, x.dtype) for s in segments]
-    if any(dense) and any(s.scale is not None for s in segments):
-        pairs = list(zip(segments, dense, strict=True))
-        parts = {
-            kind: iter(project(x, [s for s, is_dense in pairs if is_dense == kind], mode))
-            for kind in (False, True)
-        }
-        return [next(parts[is_dense]) for is_dense in dense]
-    dims = _size(segments), sum(len(s.weight) for s in segments)
-    return project_in(launch_config("linear", len(x), dims), x, segments, mode)
+    if not any(dense) or all(s.scale is None for s in segments):
+        return project_in(tile, x, segments, mode, norm)
+    parts, total = {}, x
+    for kind in (False, True):
+        mine = [s for s, is_dense in zip(segments, dense, strict=True) if is_dense == kind]
+        outputs, total = project(x, mine, mode, norm)
+        parts[kind] = iter(outputs)
+    return [next(parts[kind]) for kind in dense], total
 
 
 def _size(segments: Sequence[Segment]) -> int:
@@ -43,8 +52,10 @@ def _size(segments: Sequence[Segment]) -> int:
     return 1 if any(s.scale is not None for s in segments) else 2
 
 
-def project_in(tile: Tile, x: Tensor, segments: Sequence[Segment], mode: PdlMode) -> list[Tensor]:
-    """The same in a given tile."""
+def project_in(
+    tile: Tile, x: Tensor, segments: Sequence[Segment], mode: PdlMode, norm: PreNorm | None = None
+) -> tuple[list[Tensor], Tensor]:
+    """The same in a given tile, which must take the norm."""
     assert x.stride(1) == 1, f"x strides {x.stride()}: want contiguous rows"
     for s in segments:
         assert s.weight.is_contiguous(), f"weight strides {s.weight.stride()}: want contiguous"
@@ -53,9 +64,10 @@ def project_in(tile: Tile, x: Tensor, segments: Sequence[Segment], mode: PdlMode
     args, outputs = slots(x, segments)
     args |= {"x": x, "k_size": x.shape[1]}
     specs, grid, own = _form(tile, args, len(x), x.stride(0))
-    spec = specs[_size(segments)]
-    spec.launch(grid, mode, args | own, tile.num_warps, tile.num_stages)
-    return outputs
+    norms, total = norm_arguments(x, norm)
+    args |= own if specs is WIDE else own | norms
+    specs[_size(segments)].launch(grid, mode, args, tile.num_warps, tile.num_stages)
+    return outputs, total
 
 
 def _form(

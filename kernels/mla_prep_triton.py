@@ -24,23 +24,20 @@ from minidsv.kernels.tiles_small import TABLES
 
 
 @triton.jit
-def _normed(latent, gain, c, stride, eps, C: tl.constexpr):
-    """The token's latent, normalised and rounded to its dtype."""
-    row = latent + tl.program_id(0).to(tl.int64) * stride
+def normed(row, gain, c, eps, C: tl.constexpr):
+    """The latent at `row`, normalised and rounded to its dtype."""
     wide = tl.load(row + c, mask=c < C, other=0.0).to(tl.float32)
-    return rms_normalize(wide, gain, C, eps).to(latent.dtype.element_ty)
+    return rms_normalize(wide, gain, C, eps).to(row.dtype.element_ty)
 
 
 @triton.jit
-def _turned(k_pe, cos, sin, stride, R: tl.constexpr, BLOCK_R: tl.constexpr):
-    """The token's k_pe [BLOCK_R], rotated and rounded to its dtype."""
-    token = tl.program_id(0).to(tl.int64)
-    rows = k_pe + token * stride + tl.zeros((1, 1), tl.int32)
-    a, b = load_pairs(rows, True, R // 2, BLOCK_R // 2, True)
+def turned(row, cos, sin, token, R: tl.constexpr, BLOCK_R: tl.constexpr):
+    """The k_pe [BLOCK_R] at `row`, rotated by the token's angles and rounded to its dtype."""
+    a, b = load_pairs(row + tl.zeros((1, 1), tl.int32), True, R // 2, BLOCK_R // 2, True)
     c = load_angles(cos, token, R // 2, BLOCK_R // 2)
     s = load_angles(sin, token, R // 2, BLOCK_R // 2)
     a, b = turn(a.to(tl.float32), b.to(tl.float32), c, s)
-    dtype: tl.constexpr = k_pe.dtype.element_ty
+    dtype: tl.constexpr = row.dtype.element_ty
     return tl.reshape(tl.join(a.to(dtype), b.to(dtype)), (BLOCK_R,))
 
 
@@ -51,15 +48,16 @@ def _plain_kernel(
     C: tl.constexpr, R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
     c, r = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_R)
     if PDL == "prefetch":
         g = tl.load(gain + c, mask=c < C, other=0.0)
     pdl_begin(PDL)
-    slot = tl.load(loc + tl.program_id(0)).to(tl.int64)
+    slot = tl.load(loc + token).to(tl.int64)
     if PDL != "prefetch":
         g = tl.load(gain + c, mask=c < C, other=0.0)
-    rope = _turned(k_pe, cos, sin, pe_stride, R, BLOCK_R)
-    nope = _normed(latent, g, c, latent_stride, eps, C)
+    rope = turned(k_pe + token * pe_stride, cos, sin, token, R, BLOCK_R)
+    nope = normed(latent + token * latent_stride, g, c, eps, C)
     store_plain_row(kv_buffer + slot * slot_stride, nope, rope, c, r, C, R)
     pdl_end(PDL)
 
@@ -71,15 +69,16 @@ def _flat_kernel(
     C: tl.constexpr, R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
     MAX: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
     c, r = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_R)
     if PDL == "prefetch":
         g = tl.load(gain + c, mask=c < C, other=0.0)
     pdl_begin(PDL)
-    slot = tl.load(loc + tl.program_id(0)).to(tl.int64)
+    slot = tl.load(loc + token).to(tl.int64)
     if PDL != "prefetch":
         g = tl.load(gain + c, mask=c < C, other=0.0)
-    rope = _turned(k_pe, cos, sin, pe_stride, R, BLOCK_R).to(tl.float32)
-    nope = _normed(latent, g, c, latent_stride, eps, C).to(tl.float32)
+    rope = turned(k_pe + token * pe_stride, cos, sin, token, R, BLOCK_R).to(tl.float32)
+    nope = normed(latent + token * latent_stride, g, c, eps, C).to(tl.float32)
     nope = to_e4m3(divide(nope, scale), MAX)
     rope = to_e4m3(divide(rope, scale), MAX)
     store_plain_row(kv_buffer + slot * slot_stride, nope, rope, c, r, C, R)
@@ -93,16 +92,17 @@ def _fp8_kernel(
     C: tl.constexpr, R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
     MAX: tl.constexpr, FLOOR: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
     g, r = tl.arange(0, BLOCK_C // 128), tl.arange(0, BLOCK_R)
     c = g[:, None] * 128 + tl.arange(0, 128)[None, :]
     if PDL == "prefetch":
         gains = tl.load(gain + c, mask=c < C, other=0.0)
     pdl_begin(PDL)
-    slot = tl.load(loc + tl.program_id(0)).to(tl.int64)
+    slot = tl.load(loc + token).to(tl.int64)
     if PDL != "prefetch":
         gains = tl.load(gain + c, mask=c < C, other=0.0)
-    rope = _turned(k_pe, cos, sin, pe_stride, R, BLOCK_R)
-    nope = _normed(latent, gains, c, latent_stride, eps, C)
+    rope = turned(k_pe + token * pe_stride, cos, sin, token, R, BLOCK_R)
+    nope = normed(latent + token * latent_stride, gains, c, eps, C)
     store_fp8_row(
         latent_out + slot * slot_stride,
         scales + slot * (slot_stride // 4),

@@ -78,6 +78,16 @@ def add_rms_norm(
     return norm_triton.add_rms_norm(x, residual, weight, eps, mode)
 
 
+def assert_pre_norm(x: PreNorm) -> None:
+    """out, if any, and residual [T, D] of one dtype, gain [D]."""
+    _assert_vectors(x.residual, gain=x.gain)
+    if x.out is not None:
+        assert x.out.shape == x.residual.shape, (
+            f"out {tuple(x.out.shape)}, residual {tuple(x.residual.shape)}"
+        )
+        assert x.out.dtype == x.residual.dtype, f"out {x.out.dtype}, residual {x.residual.dtype}"
+
+
 def pre_norm(x: PreNorm, pdl: PdlMode | None = None) -> tuple[Tensor, Tensor]:
     """(the normalised sum, the sum: the next block's residual), both [T, D]."""
     if x.out is None:

@@ -90,6 +90,19 @@ def load_angles(table, row, HALF: tl.constexpr, BLOCK: tl.constexpr):
     return tl.load(table + row * HALF + i, mask=i < HALF, other=0.0)
 
 
+@triton.jit
+def rotate(
+    rows, out, inside, cos, sin, token,
+    HALF: tl.constexpr, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """Rows of one token (int64), from pointers [N, 1] to pointers [N, 1]."""
+    c = load_angles(cos, token, HALF, BLOCK)
+    s = load_angles(sin, token, HALF, BLOCK)
+    a, b = load_pairs(rows, inside, HALF, BLOCK, INTERLEAVED)
+    a, b = turn(a.to(tl.float32), b.to(tl.float32), c, s)
+    store_pairs(out, inside, a, b, HALF, BLOCK, INTERLEAVED)
+
+
 @triton.jit(do_not_specialize=["H"])
 def _apply_rope_kernel(
     x, cos, sin, out, token_stride, head_stride, H,
@@ -99,12 +112,9 @@ def _apply_rope_kernel(
     token = tl.program_id(0).to(tl.int64)
     h = (tl.program_id(1) * BH + tl.arange(0, BH))[:, None]
     pdl_begin(PDL)
-    c = load_angles(cos, token, HALF, BLOCK)
-    s = load_angles(sin, token, HALF, BLOCK)
     rows = x + token * token_stride + h.to(tl.int64) * head_stride
-    a, b = load_pairs(rows, h < H, HALF, BLOCK, INTERLEAVED)
-    a, b = turn(a.to(tl.float32), b.to(tl.float32), c, s)
-    store_pairs(out + (token * H + h) * (2 * HALF), h < H, a, b, HALF, BLOCK, INTERLEAVED)
+    to = out + (token * H + h) * (2 * HALF)
+    rotate(rows, to, h < H, cos, sin, token, HALF, BLOCK, INTERLEAVED)
     pdl_end(PDL)
 
 

@@ -3,6 +3,10 @@
 A launch takes four slots (w0..w3, scales s0.., outputs o0.., rows n0..); unused ones repeat slot 0
 with no rows. Weights may be of two types, slot 0's and slot 3's, outputs likewise: a pointer is
 selected among the slots of one type.
+
+With NORM the weights multiply rms_norm(x + update) instead of x. As every program reads all of x,
+each sums its squares on the way, multiplies the gain to x and the rest of the norm to its outputs;
+between them they store x + update to `total`. Without, update, total and gain stand for x.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,11 +19,12 @@ from torch import Tensor
 
 from minidsv.kernels.gemm import MAX_SEGMENTS, Segment
 from minidsv.kernels.launch import Row
+from minidsv.kernels.norm import PreNorm
 from minidsv.kernels.tile import Tile
-from minidsv.kernels.tiles_gemm import LINEAR, Tiles
+from minidsv.kernels.tiles_gemm import LINEAR, Tiles, takes_norm
 
 Arguments = dict[str, str | int | float]  # as `launch.Row` holds them
-REPLAY_CONSTANT = frozenset(f"{letter}{slot}" for letter in "ws" for slot in range(MAX_SEGMENTS))
+WEIGHTS = frozenset(f"{letter}{slot}" for letter in "ws" for slot in range(MAX_SEGMENTS))
 
 
 @triton.jit
@@ -79,6 +84,27 @@ def store(slot, o0, o1, o2, o3, at, y, mask):
         tl.store(other + at, y.to(other.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def operand(x, norm, at, rows, k, end, turn, NORM: tl.constexpr):
+    """x at `at`, in the masked rows, as far as k < end; with NORM the fp32 of x + update times the
+    gain. Beside it the squares of the sum.
+
+    `norm` is (update, total, gain, 1 to add or 0). The program whose `turn` it is stores the sum.
+    """
+    values = tl.load(x + at, mask=rows & (k < end), other=0.0)
+    squares = 0.0
+    if NORM:
+        update, total, gain, added = norm
+        mine = (turn % tl.num_programs(0) == tl.program_id(0)).to(tl.int32)
+        wide = values.to(tl.float32)
+        wide += tl.load(update + at, mask=rows & (k < end * added), other=0.0).to(tl.float32)
+        values = wide * tl.load(gain + at, mask=k < end, other=0.0)
+        squares = wide * wide
+        stored = rows & (k < end * added * mine)
+        tl.store(total + at, wide.to(total.dtype.element_ty), mask=stored)
+    return values, squares
+
+
 def slots(x: Tensor, segments: Sequence[Segment]) -> tuple[dict[str, Any], list[Tensor]]:
     """(the arguments of the four slots, the outputs [T, out] in the order of `segments`)."""
     outputs = [
@@ -105,6 +131,18 @@ def slots(x: Tensor, segments: Sequence[Segment]) -> tuple[dict[str, Any], list[
     return args, outputs
 
 
+def norm_arguments(x: Tensor, norm: PreNorm | None) -> tuple[dict[str, Any], Tensor]:
+    """(the arguments of the norm of x, which is norm.residual; x or the sum, which is new)."""
+    if norm is None:
+        return {"update": x, "total": x, "gain": x, "added": 0, "eps": 0.0, "NORM": False}, x
+    added = norm.out is not None
+    update = x if norm.out is None else norm.out
+    assert update.stride() == x.stride(), f"x strides {x.stride()}, update {update.stride()}"
+    total = torch.empty(x.shape, dtype=x.dtype, device=x.device) if added else x
+    args = {"update": update, "total": total, "gain": norm.gain, "added": int(added)}
+    return args | {"eps": norm.eps, "NORM": True}, total
+
+
 def tiles(args: dict[str, Any], block: int, other: int) -> int:
     """Programs over the rows of the four slots."""
     dtype = args["w0"].dtype
@@ -113,30 +151,45 @@ def tiles(args: dict[str, Any], block: int, other: int) -> int:
 
 
 FP8, DENSE, GATE = ("fp8e4nv", "bf16"), ("bf16", "bf16"), ("bf16", "fp32")  # weight, output
-SLOT_TYPES = {
-    1: ((FP8,) * 4, (FP8, FP8, FP8, GATE)),
-    2: ((DENSE,) * 4, (DENSE, DENSE, DENSE, GATE), (GATE,) * 4),
-}  # by bytes of a weight: the slots of a launch
+UNIFORM = {1: ((FP8,) * 4,), 2: ((DENSE,) * 4, (GATE,) * 4)}
+MIXED = {1: (FP8, FP8, FP8, GATE), 2: (DENSE, DENSE, DENSE, GATE)}  # fused_a_gemm's: few rows
 
 
 def launch_rows(
     size: int,
     tiles: Callable[[Tiles], tuple[Tile, ...]],
     own: Callable[[Tile], Mapping[str, str | int | float]],
+    normed: bool = True,
 ) -> tuple[Row, ...]:
     """Launches of a kernel with weights of `size` bytes.
 
-    `tiles` picks the kernel's, `own` gives a tile's arguments beside the slots'. Slots of several
-    types, as fused_a_gemm has them, hold few rows.
+    `tiles` picks the kernel's, `own` gives a tile's arguments beside the slots'. A kernel that can
+    norm its operand (`normed`) always does for slots of two types, where the tile lets it.
     """
     few, many = map(tiles, LINEAR[size])
     launches = []
-    for types in SLOT_TYPES[size]:
-        arguments: Arguments = {"x": "*bf16:16", "k_size": "i32:16"}
-        for slot, (weight, out) in enumerate(types):
-            scale = "fp32" if weight == "fp8e4nv" else weight
-            arguments |= {f"w{slot}": f"*{weight}:16", f"s{slot}": f"*{scale}:16"}
-            arguments |= {f"o{slot}": f"*{out}:16", f"n{slot}": "i32"}
-        for tile in dict.fromkeys(few if types[0] != types[-1] else few + many):
-            launches.append(Row({**arguments, **own(tile)}, tile.num_warps, tile.num_stages))
+    for types in (*UNIFORM[size], MIXED[size]):
+        mixed = types[0] != types[-1]
+        for tile in dict.fromkeys(few if mixed else few + many):
+            norms = {False}
+            if normed and takes_norm(tile) and types[0] != GATE:
+                norms = {True} if mixed else {False, True}
+            for norm in sorted(norms):
+                arguments = {**_slot_arguments(types), **own(tile)}
+                arguments |= _norm_arguments(norm) if normed else {}
+                launches.append(Row(arguments, tile.num_warps, tile.num_stages))
     return tuple(launches)
+
+
+def _slot_arguments(types: tuple[tuple[str, str], ...]) -> Arguments:
+    arguments: Arguments = {"x": "*bf16:16", "k_size": "i32:16"}
+    for slot, (weight, out) in enumerate(types):
+        scale = "fp32" if weight == "fp8e4nv" else weight
+        arguments |= {f"w{slot}": f"*{weight}:16", f"s{slot}": f"*{scale}:16"}
+        arguments |= {f"o{slot}": f"*{out}:16", f"n{slot}": "i32"}
+    return arguments
+
+
+def _norm_arguments(norm: bool) -> Arguments:
+    arguments: Arguments = {"update": "*bf16:16", "total": "*bf16:16", "added": "i32"}
+    return arguments | {"gain": "*fp32:16" if norm else "*bf16:16", "eps": "fp32", "NORM": norm}

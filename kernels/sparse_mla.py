@@ -7,13 +7,15 @@ token.
     the same row
 
 One shared key-value head: each cache row is [ckv | k_pe]. The scale is given, never derived from
-the row's width. A token without a single valid slot yields zeros. Called by MLA for decode and
-prefill alike. DeepSeek-V2 report, appendix C.
+the row's width. A token without a single valid slot yields zeros. `sparse_mla_values` goes on to
+the heads' values (absorb_v). Called by MLA for decode and prefill alike. DeepSeek-V2 report,
+appendix C.
 """
 
 import torch
 from torch import Tensor
 
+from minidsv.kernels.absorb import absorb_v, assert_heads
 from minidsv.kernels.pdl import PdlMode, triton_mode
 from minidsv.kernels.set_mla_kv_buffer import fp8_row_bytes, read_mla_kv_buffer
 
@@ -110,6 +112,54 @@ def sparse_mla(
         return sparse_mla_ref(
             q_latent, q_pe, kv_buffer, topk_indices, scale, kv_scale, q_scale, out_dtype
         )
+    from minidsv.kernels.combine_triton import combine
+
+    partial, lse = _attend(
+        q_latent, q_pe, kv_buffer, topk_indices, scale, kv_scale, q_scale, out_dtype, mode
+    )
+    return partial.squeeze(1) if partial.shape[1] == 1 else combine(partial, lse, mode)
+
+
+def sparse_mla_values(
+    q_latent: Tensor,
+    q_pe: Tensor,
+    kv_buffer: Tensor,
+    topk_indices: Tensor,
+    w_uv: Tensor,
+    scale: float,
+    pdl: PdlMode | None = None,
+) -> Tensor:
+    """absorb_v of sparse_mla: w_uv [H, v, C] -> [T, H * v] in w_uv's dtype.
+
+    The Triton kernels add up the splits of a token's slots and multiply in one launch.
+    """
+    mode = triton_mode(q_latent, pdl)
+    args = q_latent, q_pe, kv_buffer, topk_indices, scale, 1.0, 1.0, w_uv.dtype
+    if mode is None:
+        return absorb_v(sparse_mla(*args), w_uv)
+    _assert_inputs(q_latent, q_pe, kv_buffer, topk_indices)
+    _assert_scales(q_latent, kv_buffer, 1.0, 1.0)
+    assert_heads("latents", q_latent, w_uv, 2)
+    from minidsv.kernels.combine_triton import combine_values
+
+    partial, lse = _attend(*args, mode)
+    if partial.shape[1] == 1:
+        return absorb_v(partial.squeeze(1), w_uv, mode)
+    return combine_values(partial, lse, w_uv, mode).flatten(1)
+
+
+def _attend(
+    q_latent: Tensor,
+    q_pe: Tensor,
+    kv_buffer: Tensor,
+    topk_indices: Tensor,
+    scale: float,
+    kv_scale: float,
+    q_scale: float,
+    out_dtype: torch.dtype | None,
+    mode: PdlMode,
+) -> tuple[Tensor, Tensor]:
+    """The Triton kernel: (latent outputs [T, S, H, C] of S splits, log2 of their sums)."""
     from minidsv.kernels.sparse_mla_triton import attend
 
     assert kv_buffer.is_contiguous(), (
@@ -118,9 +168,8 @@ def sparse_mla(
     for name, x in (("q_latent", q_latent), ("q_pe", q_pe), ("topk_indices", topk_indices)):
         assert x.stride(-1) == 1, f"{name} strides {x.stride()}: want a last axis of step 1"
     out_dtype = out_dtype or output_dtype(q_latent)
-    out = torch.empty(q_latent.shape, dtype=out_dtype, device=q_latent.device)
-    attend(q_latent, q_pe, kv_buffer, topk_indices, out, scale * kv_scale * q_scale, kv_scale, mode)
-    return out
+    factor = scale * kv_scale * q_scale
+    return attend(q_latent, q_pe, kv_buffer, topk_indices, out_dtype, factor, kv_scale, mode)
 
 
 def sparse_mla_cost(

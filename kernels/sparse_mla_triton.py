@@ -1,6 +1,7 @@
-"""Triton kernels under `sparse_mla`: attention over gathered rows, then the sum of the splits.
+"""Triton kernel under `sparse_mla`: attention over gathered rows, of each split of a token's slots
+(combine_triton sums them).
 
-One program of `_sparse_mla_kernel` attends BLOCK_H heads of one token to one split of its slots,
+One program attends BLOCK_H heads of one token to one split of its slots,
 BLOCK_N rows at a time; one load of a row serves scores and values. Rows stay 8-bit until they are
 in shared memory, then become f16 (exact). The fp8 row's scales: with s the largest of a row's four,
 
@@ -24,7 +25,7 @@ from minidsv.kernels.launch import KernelSpec, Row, pdl_begin, pdl_end
 from minidsv.kernels.launch_config import launch_config
 from minidsv.kernels.pdl import PdlMode
 from minidsv.kernels.tile import Tile
-from minidsv.kernels.tiles_attention import NARROW, SPLITS, WIDE
+from minidsv.kernels.tiles_attention import NARROW, WIDE
 
 EMPTY = tl.constexpr(-1e30)  # log2 of a sum without terms; finite, so no inf - inf arises
 F16_MAX = tl.constexpr(65504.0)
@@ -185,23 +186,6 @@ def _sparse_mla_kernel(
     pdl_end(PDL)
 
 
-@triton.jit(do_not_specialize=["heads"])
-def _combine_splits_kernel(
-    partial, lse, out, heads, SPLIT: tl.constexpr, C: tl.constexpr, PDL: tl.constexpr
-):  # fmt: skip
-    """out[token, head] = sum_s 2^lse_s partial_s / sum_s 2^lse_s."""
-    head, token = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    s, c = tl.arange(0, SPLIT), tl.arange(0, C)
-    row = (token * SPLIT + s) * heads + head
-    pdl_begin(PDL)
-    log = tl.load(lse + row)
-    values = tl.load(partial + row[:, None] * C + c[None, :]).to(tl.float32)
-    weight = tl.exp2(log - tl.max(log, 0))
-    result = tl.sum(values * (weight / tl.sum(weight, 0))[:, None], 0)
-    tl.store(out + (token * heads + head) * C + c, result.to(out.dtype.element_ty))
-    pdl_end(PDL)
-
-
 LOG2_E = 1.4426950408889634
 DIMS = ((512, 64), (128, 64))  # C and r: DeepSeek-V3.2 and GLM-5; the bundled model
 LATENTS = {"bf16": "bf16", "fp8": "fp8e4nv", "flat": "fp8e4nv"}  # row layout -> pointee
@@ -230,12 +214,6 @@ def sparse_row(layout: str, tile: Tile, c: int, r: int, query: str) -> Row:
     return Row(arguments | constants(layout, tile, c, r), tile.num_warps, tile.num_stages)
 
 
-def combine_row(split: int, c: int) -> Row:
-    """The launch over `split` partials."""
-    arguments = {"partial": "*bf16:16", "lse": "*fp32:16", "out": "*bf16:16", "heads": "i32"}
-    return Row(arguments | {"SPLIT": split, "C": c})
-
-
 def _rows() -> Iterator[Row]:
     """Narrow tiles for each model; wide ones for those with 64 heads, none of them the bundled."""
     for layout, (c, r) in itertools.product(LATENTS, DIMS):
@@ -244,10 +222,7 @@ def _rows() -> Iterator[Row]:
 
 
 SPARSE = KernelSpec(_sparse_mla_kernel, tuple(_rows()), fp_fusion=True)
-COMBINE = KernelSpec(
-    _combine_splits_kernel, tuple(combine_row(s, c) for s in SPLITS[1:] for c, _ in DIMS)
-)
-SPECS = (SPARSE, COMBINE)
+SPECS = (SPARSE,)
 
 
 def _layout(kv_buffer: Tensor) -> str:
@@ -263,18 +238,21 @@ def _assert_sizes(c: int, r: int) -> None:
 
 
 def attend(
-    q_latent: Tensor, q_pe: Tensor, kv_buffer: Tensor, topk_indices: Tensor, out: Tensor,
-    score_scale: float, value_scale: float, mode: PdlMode,
-) -> None:  # fmt: skip
-    """out [T, H, C] = attention; `score_scale` holds the scales of query and keys."""
+    q_latent: Tensor, q_pe: Tensor, kv_buffer: Tensor, topk_indices: Tensor,
+    out_dtype: torch.dtype, score_scale: float, value_scale: float, mode: PdlMode,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attention of each split: (partial [T, S, H, C], log2 of their sums of weights [T, S, H]).
+
+    `score_scale` holds the scales of query and keys.
+    """
     (tokens, heads, c), topk = q_latent.shape, topk_indices.shape[1]
     _assert_sizes(c, q_pe.shape[2])
     layout = _layout(kv_buffer)
     tile = launch_config(f"sparse_mla_{layout}", tokens, (heads, topk))
     factor = score_scale * LOG2_E
-    shape = (tokens, tile.split, heads)
-    lse = torch.empty(shape, dtype=torch.float32, device=out.device)
-    partial = out.new_empty((*shape, c)) if tile.split > 1 else out
+    shape, device = (tokens, tile.split, heads), q_latent.device
+    lse = torch.empty(shape, dtype=torch.float32, device=device)
+    partial = torch.empty((*shape, c), dtype=out_dtype, device=device)
     args: dict[str, Any] = {
         "q_latent": q_latent, "q_pe": q_pe, "indices": topk_indices, "out": partial, "lse": lse,
         "latent": kv_buffer.view(torch.float8_e4m3fn) if layout == "fp8" else kv_buffer,
@@ -289,6 +267,4 @@ def attend(
     args |= constants(layout, tile, c, q_pe.shape[2])
     grid = (-(-heads // tile.block_m), tile.split, tokens)
     SPARSE.launch(grid, mode, args, tile.num_warps, tile.num_stages)
-    if tile.split > 1:
-        combine = {"partial": partial, "lse": lse, "out": out, "heads": heads}
-        COMBINE.launch((heads, tokens), mode, combine | {"SPLIT": tile.split, "C": c})
+    return partial, lse

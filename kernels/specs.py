@@ -3,7 +3,9 @@
 from minidsv.kernels import (
     absorb_triton,
     argmax_triton,
+    attention_prep_triton,
     bandwidth_triton,
+    combine_triton,
     embedding_triton,
     gemm_triton,
     gemv_triton,
@@ -27,6 +29,8 @@ FAMILIES = (
     absorb_triton,
     argmax_triton,
     bandwidth_triton,
+    attention_prep_triton,
+    combine_triton,
     embedding_triton,
     gemm_triton,
     gemv_triton,

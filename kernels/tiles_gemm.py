@@ -2,7 +2,7 @@
 
     linear   block_m 1: the GEMV of gemv_triton; split > 1: gemm_triton's narrow form, one warp for
              each of `split` parts of 128 columns; else its wide form
-    absorb   block_m tokens by block_n outputs of a head, block_k columns a step
+    absorb   block_m tokens by block_n outputs of a head, block_k columns a step; so attention_prep
 
 A device holds a projection of few rows at once, which takes more bytes a program than many rows do.
 """
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from minidsv.kernels.tile import Rule, Tile
 
 FEW_ROWS = 4096  # fewer than these make too few programs in the tiles for many
+NORMED_TOKENS = 8  # each program would read the residual of more tokens, and the update, from L2
 
 
 @dataclass(frozen=True)
@@ -62,15 +63,22 @@ LINEAR = {  # by bytes of a weight; few rows, many rows
         ),
     ),
 }
-ABSORB_SHORT = Tile(16, 128, 128, num_stages=2)  # heads that sum over at most 256 columns
+ABSORB_SHORT = Tile(16, 128, 128, num_stages=1)  # heads that sum over at most 256 columns
 ABSORB_LONG = Tile(16, 32, 512, num_stages=2)
 ABSORB_MANY = (Tile(64, 128, 64), Tile(128, 128, 64, num_warps=8))
+PREPARE = (ABSORB_SHORT, Tile(64, 128, 64, num_stages=2))
+PREPARED_TOKENS = PREPARE[-1].block_m  # most that attention_prep takes in one launch
 
 
 def linear(m: int, dims: tuple[int, ...]) -> Tile:
     """dims (bytes of a weight, rows of all projections)."""
     size, rows = dims
     return LINEAR[size][rows >= FEW_ROWS].for_tokens(m)
+
+
+def takes_norm(tile: Tile) -> bool:
+    """Whether a projection in this tile norms its operand itself; else a launch of its own does."""
+    return tile.block_m <= NORMED_TOKENS
 
 
 def absorb(m: int, dims: tuple[int, ...]) -> Tile:
@@ -80,4 +88,9 @@ def absorb(m: int, dims: tuple[int, ...]) -> Tile:
     return ABSORB_MANY[m > ABSORB_MANY[0].block_m]
 
 
-TILES: dict[str, Rule] = {"linear": linear, "absorb": absorb}
+def attention_prep(m: int, dims: tuple[int, ...]) -> Tile:
+    """dims (heads, C): W_UK's, which most programs multiply."""
+    return PREPARE[m > PREPARE[0].block_m]
+
+
+TILES: dict[str, Rule] = {"linear": linear, "absorb": absorb, "attention_prep": attention_prep}

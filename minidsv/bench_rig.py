@@ -20,7 +20,7 @@ from minidsv.block_manager import pages_for
 from minidsv.checkpoint import Weight
 from minidsv.config import ModelConfig
 from minidsv.engine import load_weights
-from minidsv.engine_config import EngineConfig
+from minidsv.engine_config import EngineConfig, model_path
 from minidsv.errors import ConfigError
 from minidsv.graph import context_bounds
 from minidsv.kernels.constants import PAGE_SIZE

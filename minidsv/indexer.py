@@ -15,8 +15,8 @@ from torch import Tensor
 
 from minidsv.batch import StepBatch
 from minidsv.config import ModelConfig
+from minidsv.kernels.attention_prep import IndexKeys, IndexQueries
 from minidsv.kernels.indexer_logits import chunk_rows, paged_index_logits
-from minidsv.kernels.indexer_prep import index_k_write, index_q_prep
 from minidsv.kernels.pdl import PdlMode
 from minidsv.kernels.topk import select_topk
 from minidsv.layers import LayerWeights
@@ -37,36 +37,17 @@ class Indexer:
         self.k_norm = weights["indexer.k_norm"].data
         self.k_norm_bias = weights["indexer.k_norm_bias"].data
 
-    def write_keys(self, k: Tensor, step: StepBatch, rope: tuple[Tensor, Tensor]) -> None:
-        """Cache the keys k [T, D] = wk x; every token's, also when no step scores them yet."""
-        index_k_write(
-            self.cache,
-            step.slot_mapping,
-            k,
-            self.k_norm,
-            self.k_norm_bias,
-            K_NORM_EPS,
-            *rope,
-            self.config.indexer_rope_interleave,
-            self.pdl,
-        )
+    def keys(self, k: Tensor) -> IndexKeys:
+        """k [T, D] = wk x, to be cached; every token's, also when no step scores them yet."""
+        return IndexKeys(self.cache, k, self.k_norm, self.k_norm_bias, K_NORM_EPS)
 
-    def select(
-        self, q: Tensor, gate: Tensor, step: StepBatch, rope: tuple[Tensor, Tensor]
-    ) -> Tensor:
-        """q [T, H * D] = wq_b qr, gate fp32 [T, H] = weights_proj x -> physical slots int64 [T, K],
-        -1 padded."""
-        c = self.config
-        q, gate = index_q_prep(
-            q.unflatten(-1, (c.index_n_heads, c.index_head_dim)),
-            gate,
-            *rope,
-            c.indexer_rope_interleave,
-            softmax_scale=c.index_head_dim**-0.5,
-            head_scale=c.index_n_heads**-0.5,
-            fp8=self.cache.dtype == torch.uint8,
-            pdl=self.pdl,
-        )
+    def queries(self, q: Tensor, gate: Tensor) -> IndexQueries:
+        """q [T, H * D] = wq_b qr and gate fp32 [T, H] = weights_proj x, to be prepared."""
+        heads, dim = self.config.index_n_heads, self.config.index_head_dim
+        return IndexQueries(q.unflatten(-1, (heads, dim)), gate, dim**-0.5, heads**-0.5)
+
+    def select(self, q: Tensor, gate: Tensor, step: StepBatch) -> Tensor:
+        """Prepared q [T, H, D], gate [T, H] -> physical slots int64 [T, K], -1 padded."""
         rows = chunk_rows(q, step.max_seq_len, self.pdl)
         chunks = [
             self._select_rows(q[i : i + rows], gate[i : i + rows], step, slice(i, i + rows))

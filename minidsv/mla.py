@@ -15,14 +15,19 @@ from torch import Tensor
 from minidsv.batch import StepBatch
 from minidsv.config import ModelConfig
 from minidsv.indexer import Indexer
-from minidsv.kernels.absorb import absorb_q, absorb_v
-from minidsv.kernels.gemm import fused_a_gemm, fused_linear
-from minidsv.kernels.mla_prep import norm_rope_set_mla_kv_buffer
-from minidsv.kernels.norm import PreNorm, pre_norm, rms_norm
-from minidsv.kernels.rope import apply_rope
+from minidsv.kernels.absorb import absorb_q
+from minidsv.kernels.attention_prep import (
+    IndexKeys,
+    IndexQueries,
+    LatentRows,
+    attention_prep,
+    index_prep,
+)
+from minidsv.kernels.gemm import fused_a_gemm, linear, normed_linear
+from minidsv.kernels.norm import PreNorm, rms_norm
 from minidsv.kernels.rope_quant import mla_rope_quantize_fp8
 from minidsv.kernels.set_mla_kv_buffer import set_mla_kv_buffer
-from minidsv.kernels.sparse_mla import sparse_mla
+from minidsv.kernels.sparse_mla import sparse_mla_values
 from minidsv.kv_cache import KVCache
 from minidsv.layers import LayerWeights, Operators
 
@@ -70,57 +75,66 @@ class MLA:
         """
         c, pdl, indexer = self.config, self.operators.pdl, self.indexer
         scorer = indexer if dense is None else None
-        normed, residual = pre_norm(x, pdl)
-        qr, latent, index_k, gate = fused_a_gemm(
-            normed,
+        qr, latent, index_k, gate, residual = fused_a_gemm(
+            x,
             self.q_a_proj,
             self.kv_a_proj,
             indexer.wk if indexer else None,
             scorer.weights_proj if scorer else None,
             pdl,
         )
-        qr = rms_norm(qr, self.q_a_gain, c.latent_norm_eps, pdl)
-        q, *index_q = fused_linear(qr, [self.q_b_proj, *([scorer.wq_b] if scorer else [])], pdl)
-        if indexer is not None and index_k is not None:
-            indexer.write_keys(index_k, step, rope)
-        if scorer is not None and gate is not None:
-            topk_indices = scorer.select(index_q[0], gate, step, rope)
+        projections = [self.q_b_proj, *([scorer.wq_b] if scorer else [])]
+        query_norm = PreNorm(None, qr, self.q_a_gain, c.latent_norm_eps)
+        (q, *index_q), _ = normed_linear(query_norm, projections, pdl)
+        keys = indexer.keys(index_k) if indexer and index_k is not None else None
+        queries = scorer.queries(index_q[0], gate) if scorer and gate is not None else None
+        q_latent, q_pe, prepared = self._prepare(q, latent, keys, queries, step, rope)
+        if scorer is not None and prepared is not None:
+            topk_indices = scorer.select(*prepared, step)
         elif indexer is not None:
             topk_indices = dense
         assert topk_indices is not None, "the first layer owns an indexer"
-        q_latent, q_pe = self._absorb_and_write(q, latent, step, rope)
-        scale = c.attention_scale
-        latent = sparse_mla(
-            q_latent, q_pe, self.kv_buffer, topk_indices, scale, out_dtype=q.dtype, pdl=pdl
+        out = sparse_mla_values(
+            q_latent, q_pe, self.kv_buffer, topk_indices, self.w_uv, c.attention_scale, pdl
         )
-        out = absorb_v(latent, self.w_uv, pdl)
-        return fused_linear(out, [self.o_proj], pdl)[0], residual, topk_indices
+        out = linear(out, self.o_proj.weight, self.o_proj.scale, pdl=pdl)
+        return out, residual, topk_indices
 
-    def _absorb_and_write(
-        self, q: Tensor, latent: Tensor, step: StepBatch, rope: tuple[Tensor, Tensor]
+    def _prepare(
+        self,
+        q: Tensor,
+        latent: Tensor,
+        keys: IndexKeys | None,
+        queries: IndexQueries | None,
+        step: StepBatch,
+        rope: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+        """q [T, H * (n + r)] -> q_latent [T, H, C], rotated q_pe [T, H, r], and the indexer's
+        queries and weights if any; latent [T, C + r] and keys go to the caches."""
+        c, loc = self.config, step.slot_mapping
+        q = q.unflatten(-1, (c.num_attention_heads, c.qk_head_dim))
+        rows = LatentRows(self.kv_buffer, latent, self.kv_a_gain, c.latent_norm_eps)
+        index = keys, queries, loc, rope, c.indexer_rope_interleave, self.operators.pdl
+        if self.kv_buffer.dtype == torch.float8_e4m3fn:
+            return *self._quantize_and_write(q, rows, loc, rope), index_prep(*index)
+        return attention_prep(q, self.w_uk, rows, *index)
+
+    def _quantize_and_write(
+        self, q: Tensor, rows: LatentRows, loc: Tensor, rope: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """q [T, H * (n + r)] -> q_latent [T, H, C], rotated q_pe [T, H, r]; latent [T, C + r] goes
-        to the cache."""
+        """q [T, H, n + r] -> q_latent [T, H, C], rotated q_pe [T, H, r], both e4m3, as are the rows
+        that go to a flat cache."""
         c, pdl = self.config, self.operators.pdl
-        q_nope, q_pe = q.unflatten(-1, (c.num_attention_heads, c.qk_head_dim)).split(
-            (c.qk_nope_head_dim, c.qk_rope_head_dim), -1
-        )
-        latent, k_pe = latent.split((c.kv_lora_rank, c.qk_rope_head_dim), -1)
-        q_latent = absorb_q(q_nope, self.w_uk, pdl)
-        gain, eps = self.kv_a_gain, c.latent_norm_eps
-        if self.kv_buffer.dtype != torch.float8_e4m3fn:
-            norm_rope_set_mla_kv_buffer(
-                self.kv_buffer, step.slot_mapping, latent, gain, eps, k_pe, *rope, pdl=pdl
-            )
-            return q_latent, apply_rope(q_pe, *rope, interleaved=True, pdl=pdl)
+        q_nope, q_pe = q.split((c.qk_nope_head_dim, c.qk_rope_head_dim), -1)
+        latent, k_pe = rows.rows.split((c.kv_lora_rank, c.qk_rope_head_dim), -1)
         q_latent, q_pe, latent, k_pe = mla_rope_quantize_fp8(
-            q_latent,
+            absorb_q(q_nope, self.w_uk, pdl),
             q_pe,
-            rms_norm(latent, gain, eps, pdl),
+            rms_norm(latent, rows.gain, rows.eps, pdl),
             k_pe,
             *rope,
             backend=self.operators.rope_quant,
             pdl=pdl,
         )
-        set_mla_kv_buffer(self.kv_buffer, step.slot_mapping, latent, k_pe, pdl)
+        set_mla_kv_buffer(self.kv_buffer, loc, latent, k_pe, pdl)
         return q_latent, q_pe

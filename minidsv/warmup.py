@@ -25,8 +25,8 @@ def warm_up_steps(
     """
     powers = [2**power for power in range(31)]
     sizes = {size for size in (*powers, *(3 * p for p in powers)) if size < most_tokens}
-    shorter = [p for p in powers if bounds[0] < p < bounds[-1] and p not in bounds]
-    for bound in (*reversed(bounds), *shorter):  # a tile of the selection fits each power of 2
+    shorter = [p for p in (1, *powers[6:]) if p < bounds[-1] and p not in bounds]
+    for bound in (*reversed(bounds), *shorter):  # tiles and splits change at powers of 2
         for tokens in sorted({*sizes, most_tokens}, reverse=True):
             for requests in {1, min(tokens, most_requests)}:
                 if requests in (1, tokens):

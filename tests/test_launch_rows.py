@@ -23,6 +23,7 @@ from minidsv.graph import DecodeGraphs, GraphKey, batch_sizes, context_bounds
 from minidsv.kernels import pdl
 from minidsv.kernels.argmax import argmax
 from minidsv.kernels.launch import KernelSpec, Row
+from minidsv.kernels.norm import PreNorm
 from minidsv.kernels.pdl import PdlMode
 from minidsv.kernels.ran import nearest, row_of
 from minidsv.kernels.specs import SPECS
@@ -92,6 +93,7 @@ class Launches:
 
     def __init__(self) -> None:
         self.rows: list[tuple[KernelSpec, Row]] = []
+        self.names: list[str] = []  # of all launches
         self._seen: set[str] = set()
         self._backend = make_backend(GPUTarget("cuda", 90, 32))
         self._binders: dict[str, Any] = {}
@@ -112,6 +114,8 @@ class Launches:
             )
         bound, specialization, rest = self._binders[spec.name](**args, PDL=mode, **options)
         key = f"{id(spec)} {specialization} {rest}"
+        if 0 not in grid:
+            self.names.append(spec.name)
         if 0 in grid or key in self._seen:
             return
         self._seen.add(key)
@@ -161,3 +165,26 @@ def test_nothing_compiles_in_a_request(name: str, launches: Launches) -> None:
         argmax(model.forward(step)[1], "off")
     cold = {f"{spec.name} {row}" for spec, row in launches.rows} - warm
     assert not cold, "\n".join(sorted(cold))
+
+
+@pytest.mark.parametrize("cache", ["bfloat16", "fp8"])
+@pytest.mark.parametrize(("tokens", "scored", "dense"), [(1, 8, 6), (8, 8, 6), (64, 10, 8)])
+def test_launches_of_an_attention(
+    tokens: int, scored: int, dense: int, cache: str, launches: Launches
+) -> None:
+    """Of a decode step: the norms take launches of their own beyond 8 tokens."""
+    for name, shared in (("deepseek_v32", False), ("glm52", True)):
+        config = model_config(name)
+        caches = KVCache.allocate(config, 200, cache, cache, META)
+        model = DeepseekV32(config, meta_weights(config, True), caches, Operators("off"))
+        attention = model.layers[1].attention
+        assert (attention.indexer is None) is shared
+        hidden = torch.empty(tokens, config.hidden_size, dtype=torch.bfloat16, device=META)
+        x = PreNorm(hidden, hidden, model.layers[1].input_gain, 1e-6)
+        for seq_len, count in ((8192, dense if shared else scored), (2048, dense)):
+            step = meta_step(tokens, tokens, seq_len, tokens)
+            slots = torch.empty(tokens, 2048, dtype=torch.int64, device=META)
+            rope = model.rope.at(step.positions)
+            launches.names.clear()
+            attention(x, step, rope, slots, slots if seq_len == 2048 else None)
+            assert len(launches.names) == count, launches.names

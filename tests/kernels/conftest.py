@@ -2,5 +2,5 @@
 
 from importlib.util import find_spec
 
-NEEDING = ["test_check.py", "test_ran.py", "test_engine_triton.py"]
+NEEDING = ["test_check.py", "test_ran.py", "test_engine_triton.py", "test_sparse_mla_triton.py"]
 collect_ignore = [] if find_spec("triton") else NEEDING

@@ -10,7 +10,15 @@ from torch import Tensor
 
 from compare import assert_close
 from minidsv.kernels.absorb import absorb_q, absorb_q_ref, absorb_v, absorb_v_ref
-from minidsv.kernels.gemm import Segment, fused_a_gemm, fused_linear, linear, linear_ref
+from minidsv.kernels.gemm import (
+    Segment,
+    fused_a_gemm,
+    fused_linear,
+    linear,
+    linear_ref,
+    normed_linear,
+)
+from minidsv.kernels.norm import PreNorm
 from minidsv.kernels.pdl import is_interpreted
 from minidsv.kernels.quant import quantize_fp8_blocks
 
@@ -65,12 +73,12 @@ def check(name: str, run, want: list[Tensor]) -> None:
             assert torch.equal(one, other), f"{name}: {mode} differs from {MODES[0]}"
 
 
-def wanted(x: Tensor, s: Segment) -> Tensor:
-    """Rounded once from fp64."""
+def wanted(x: Tensor, s: Segment, dtype: torch.dtype | None = None) -> Tensor:
+    """Rounded once from fp64, to x's dtype unless `dtype` or the segment says otherwise."""
     exact = linear_ref(x.double().float(), s.weight, s.scale, torch.float32)
     if s.scale is None:
         exact = x.double() @ s.weight.double().T
-    return exact.to(s.out_dtype or x.dtype)
+    return exact.to(s.out_dtype or dtype or x.dtype)
 
 
 @pytest.mark.parametrize("kind", ["fp8", "bf16", "fp32"])
@@ -107,18 +115,45 @@ def test_fused_linear(kinds: str) -> None:
         )
 
 
+@pytest.mark.parametrize("added", [True, False])
+@pytest.mark.parametrize("kinds", ["fp8 fp8 fp8 fp32", "bf16 bf16 bf16 fp32", "fp8 bf16", "fp8"])
+def test_normed_linear(kinds: str, added: bool) -> None:
+    """Programs share the storing of the sum, also where they are fewer than its parts."""
+    for k in (SHAPES[0][1], 2600):
+        rows = (24, 10, 8, 4) if is_interpreted() or k > 2000 else (1536, 576, 128, 64)
+        segments = [
+            segment(n, k, kind, seed)
+            for seed, (n, kind) in enumerate(zip(rows, kinds.split(), strict=False))
+        ]
+        gain = ending_in_nan(randn(k, seed=9).abs() + 0.5)
+        for tokens in TOKENS if k < 2000 else (1, 3):
+            out, residual = (
+                among_nans(randn(tokens, k, seed=tokens + i).to(DTYPE)) for i in (0, 1)
+            )
+            x = PreNorm(out if added else None, residual, gain, 1e-6)
+            total = residual.double() + (out.double() if added else 0)
+            normed = total * (total.square().mean(1, keepdim=True) + 1e-6).rsqrt() * gain
+
+            def run(mode, x=x, segments=segments):
+                outputs, residual = normed_linear(x, segments, mode)
+                return [*outputs, residual]
+
+            want = [wanted(normed, s, DTYPE) for s in segments]
+            check(f"{tokens} tokens of {k}", run, [*want, total.to(DTYPE)])
+
+
 def test_fused_a_gemm_without_an_indexer() -> None:
     k = SHAPES[0][1]
     q_a, kv_a, wk = (segment(n, k, "fp8", n) for n in (24, 10, 8))
     gate = segment(4, k, "bf16").weight
-    x = randn(3, k).to(DTYPE)
+    x = PreNorm(randn(3, k).to(DTYPE), randn(3, k, seed=1).to(DTYPE), randn(k, seed=2), 1e-6)
     outs = fused_a_gemm(x, q_a, kv_a, wk, gate, pdl="on")
     assert outs[3].dtype == torch.float32
     for got, want in zip(outs, fused_a_gemm(x, q_a, kv_a, wk, gate), strict=True):
         assert_close("fused_a", got, want, "bf16")
     short = fused_a_gemm(x, q_a, kv_a, None, None, pdl="on")
-    assert short[2:] == (None, None)
-    assert all(map(torch.equal, short[:2], outs[:2]))
+    assert short[2:4] == (None, None)
+    assert all(map(torch.equal, (*short[:2], short[4]), (*outs[:2], outs[4])))
 
 
 def test_every_fp8_code_is_exact() -> None:

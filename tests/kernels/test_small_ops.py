@@ -8,9 +8,16 @@ import torch
 from compare import assert_close
 from minidsv.config import RopeConfig
 from minidsv.kernels.absorb import absorb_q, absorb_v
-from minidsv.kernels.gemm import Segment, fused_a_gemm, fused_linear, fused_linear_cost, linear
+from minidsv.kernels.gemm import (
+    Segment,
+    fused_a_gemm,
+    fused_linear,
+    fused_linear_cost,
+    linear,
+    normed_linear,
+)
 from minidsv.kernels.moe import moe_experts, swiglu_mlp
-from minidsv.kernels.norm import add_rms_norm, layer_norm, rms_norm
+from minidsv.kernels.norm import PreNorm, add_rms_norm, layer_norm, rms_norm
 from minidsv.kernels.quant import dequantize_fp8_blocks, quantize_fp8_blocks
 from minidsv.kernels.rope import apply_rope
 from minidsv.kernels.router import grouped_topk
@@ -126,11 +133,13 @@ def test_linear_with_fp8_weights(dtype: torch.dtype) -> None:
 
 
 def test_fused_projections_are_those_of_linear() -> None:
-    x = randn(5, 200).bfloat16()
+    out, residual, gain = randn(5, 200).bfloat16(), randn(5, 200, seed=3).bfloat16(), randn(200)
+    x, total = add_rms_norm(out, residual, gain, 1e-6)
+    block = PreNorm(out, residual, gain, 1e-6)
     q, scale = quantize_fp8_blocks(randn(576, 200, seed=1))
     dense = randn(64, 200, seed=2).bfloat16()
     for wk, weights_proj in ((None, dense), (Segment(dense), None)):
-        got = fused_a_gemm(x, Segment(q, scale), Segment(dense), wk, weights_proj)
+        got = fused_a_gemm(block, Segment(q, scale), Segment(dense), wk, weights_proj)
         assert torch.equal(got[0], linear(x, q, scale))
         assert torch.equal(got[1], linear(x, dense))
         assert (got[2] is None) is (wk is None)
@@ -138,6 +147,10 @@ def test_fused_projections_are_those_of_linear() -> None:
             assert got[3] is None
         else:
             assert torch.equal(got[3], x.float() @ dense.float().T)
+        assert torch.equal(got[4], total)
+    (first,), same = normed_linear(PreNorm(None, residual, gain, 1e-6), [Segment(dense)])
+    assert torch.equal(first, linear(rms_norm(residual, gain, 1e-6), dense))
+    assert same is residual
     nbytes, flops = fused_linear_cost(5, [Segment(q, scale), Segment(dense, None, torch.float32)])
     assert nbytes == 576 * 200 + 5 * 2 * 4 + 64 * 200 * 2 + 5 * (200 * 2 + 576 * 2 + 64 * 4)
     assert flops == 2 * 5 * 200 * (576 + 64)

@@ -4,18 +4,22 @@ On a GPU in every PDL mode; `test_triton.py` runs the same file in Triton's inte
 arithmetic is wrong, so there queries are fp16.
 """
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
 from compare import assert_close
-from minidsv.kernels.pdl import is_interpreted
+from minidsv.kernels.combine_triton import combine, combine_values
+from minidsv.kernels.pdl import is_interpreted, triton_mode
 from minidsv.kernels.set_mla_kv_buffer import (
     fp8_row_bytes,
     set_mla_kv_buffer,
     set_mla_kv_buffer_fp8_quant,
 )
-from minidsv.kernels.sparse_mla import sparse_mla, sparse_mla_ref
+from minidsv.kernels.sparse_mla import sparse_mla, sparse_mla_ref, sparse_mla_values
+from minidsv.kernels.sparse_mla_triton import EMPTY
 
 pytestmark = [] if is_interpreted() else [pytest.mark.gpu]
 DEVICE = "cpu" if is_interpreted() else "cuda"
@@ -97,6 +101,48 @@ def test_against_the_reference(layout: str, c: int, r: int, heads: int) -> None:
             assert not got[0][2::4].count_nonzero(), f"{name}: no slot, no zeros"
             for mode, other in zip(modes, got, strict=True):
                 assert torch.equal(other, got[0]), f"{name}: {mode} differs"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "splits"), [(0, 2), (1, 2), (1, 32), (3, 2), (7, 16), (4, 32), (20, 2), (11, 8)]
+)
+@pytest.mark.parametrize("c", [c for c, _ in DIMS])
+def test_sum_of_splits(tokens: int, splits: int, c: int) -> None:
+    """Alone and with W_UV, which lies between NaNs; a token's splits may all be empty."""
+    heads, v, dtype = 3, 48, torch.float32 if is_interpreted() else torch.bfloat16
+    generator = torch.Generator().manual_seed(tokens + splits)
+    lse = torch.randn(tokens, splits, heads, generator=generator) * 4
+    lse[::2, splits // 2 :] = EMPTY.value
+    lse[2::4] = EMPTY.value
+    partial = torch.randn(tokens, splits, heads, c, generator=generator)
+    partial[lse == EMPTY.value] = 0
+    partial, lse = partial.to(dtype).to(DEVICE), lse.to(DEVICE)
+    kv_b = torch.full((heads, 32 + v + 16, c), float("nan"), dtype=dtype)
+    kv_b[:, 32:-16] = torch.randn(heads, v, c, generator=generator) / 8
+    w_uv = kv_b.to(DEVICE)[:, 32:-16]
+    shares = (lse.double() * math.log(2)).softmax(1)[..., None]
+    want = (shares * partial.double()).sum(1)
+    modes = [triton_mode(partial, mode) for mode in MODES]
+    latents = [combine(partial, lse, mode) for mode in modes]
+    values = [combine_values(partial, lse, w_uv, mode) for mode in modes]
+    tol = "bf16" if dtype == torch.bfloat16 else "fp32"
+    assert_close("latents", latents[0], want.to(dtype), tol)
+    product = torch.einsum("thc,hvc->thv", latents[0].double(), w_uv.double())
+    assert_close("values", values[0], product.to(dtype), "bf16" if tol == "bf16" else "fp32_logits")
+    for result in (latents, values):
+        assert all(torch.equal(other, result[0]) for other in result)
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_values(tokens: int) -> None:
+    (c, r), heads, topk = DIMS[0], HEADS[-1], 100
+    q_latent, q_pe, kv_buffer, indices = inputs("fp8", tokens, heads, topk, c, r)
+    w_uv = torch.randn(heads, 24, c, generator=torch.Generator().manual_seed(3)) / 8
+    args = q_latent, q_pe, kv_buffer, indices, w_uv.to(DEVICE, QUERY), 0.1
+    got = sparse_mla_values(*args, MODES[-1])
+    latent = sparse_mla_ref(*args[:4], 0.1)
+    want = torch.einsum("thc,hvc->thv", latent.double(), args[4].double())
+    assert_close("values", got, want.flatten(1).to(QUERY), "bf16")
 
 
 @pytest.mark.parametrize("layout", ["fp8", "fp8_flat"])

@@ -16,6 +16,7 @@ INTERPRETED = [
     "test_moe_triton.py",
     "test_small_triton.py",
     "test_prep_triton.py",
+    "test_attention_prep_triton.py",
     "test_set_mla_kv_buffer_triton.py",
     "test_sparse_mla_triton.py",
     "test_indexer_logits_triton.py",
