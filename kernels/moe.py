@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minidsv.kernels.gemm import linear
+from minidsv.kernels.moe_plan import Plan
 from minidsv.kernels.pdl import PdlMode, triton_mode
 
 
@@ -118,7 +119,8 @@ def swiglu_mlp(
     mode = triton_mode(x, pdl)
     if mode is None:
         return swiglu_mlp_ref(x, gate_up, gate_up_scale, down, down_scale)
-    from minidsv.kernels.moe_triton import Weights, mlp_triton
+    from minidsv.kernels.mlp_triton import Weights
+    from minidsv.kernels.moe_triton import mlp_triton
 
     return mlp_triton(x, Weights(gate_up, gate_up_scale, down, down_scale), mode)
 
@@ -135,12 +137,14 @@ def moe_experts(
     shared_gate_up_scale: Tensor | None,
     shared_down: Tensor | None,
     shared_down_scale: Tensor | None,
+    plan: Plan | None = None,
     pdl: PdlMode | None = None,
 ) -> Tensor:
     """Routed and shared experts: x [T, hidden] -> [T, hidden] in x's dtype.
 
     weights fp32 and ids int64 [T, k]; gate_up [E, 2, I, hidden], down
     [E, hidden, I]; shared_gate_up [2, Is, hidden] and shared_down [hidden, Is], both or neither.
+    `plan`: theirs, where `route` has made it; for the Triton kernels, which make their own if None.
     """
     assert down.dim() == 3, f"down {tuple(down.shape)} is not [E, hidden, I]"
     assert weights.shape == ids.shape, f"weights {tuple(weights.shape)}, ids {tuple(ids.shape)}"
@@ -156,12 +160,13 @@ def moe_experts(
     mode = triton_mode(x, pdl)
     if mode is None:
         return moe_experts_ref(x, weights, ids, *stack, *shared)
-    from minidsv.kernels.moe_triton import Weights, moe_triton
+    from minidsv.kernels.mlp_triton import Weights
+    from minidsv.kernels.moe_triton import moe_triton
 
     expert = None
     if shared_gate_up is not None and shared_down is not None:
         expert = Weights(shared_gate_up, shared_gate_up_scale, shared_down, shared_down_scale)
-    return moe_triton(x, weights, ids, Weights(*stack), expert, mode)
+    return moe_triton(x, weights, ids, plan, Weights(*stack), expert, mode)
 
 
 def swiglu_mlp_cost(tokens: int, hidden: int, inner: int, weight_bytes: int = 1) -> tuple[int, int]:

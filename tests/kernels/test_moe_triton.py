@@ -21,7 +21,8 @@ TOLERANCE = "fp32_logits" if is_interpreted() else "bf16"
 CASES = [(1, 4, 2, 128, 128, 128), (3, 4, 2, 160, 96, 32), (21, 3, 1, 128, 64, 0)]
 if not is_interpreted():
     CASES = [(0, 8, 2, 256, 128, 128), (1, 8, 2, 256, 128, 128), (1, 256, 8, 7168, 256, 256),
-             (2, 8, 2, 256, 128, 0), (3, 64, 6, 2048, 1408, 2816), (33, 8, 2, 256, 128, 128),
+             (2, 8, 2, 256, 128, 0), (8, 32, 8, 7168, 512, 512), (6, 8, 2, 272, 144, 80),
+             (3, 64, 6, 2048, 1408, 2816), (9, 8, 2, 256, 128, 128), (33, 8, 2, 256, 128, 128),
              (64, 256, 8, 1024, 256, 256), (700, 64, 6, 512, 128, 256),
              (600, 8, 2, 256, 128, 128), (150, 8, 2, 256, 384, 128), (17, 16, 4, 272, 144, 80),
              (2100, 64, 6, 2048, 1408, 2816)]  # fmt: skip
@@ -100,6 +101,45 @@ def test_faint_tokens_keep_their_bits(tokens: int) -> None:
     assert want.abs().max() < 1e-6
     for mode in MODES:
         assert relative_l2(swiglu_mlp(x, *weights, pdl=mode), want) < 1e-2
+
+
+@pytest.mark.parametrize("tokens", [3, 8])
+def test_a_broken_token_breaks_no_other(tokens: int) -> None:
+    """NaN in its activations or in its weights."""
+    stacks, shared = mlp(False, 4, 128, 64, seed=1), one(mlp(False, 1, 128, 64, seed=3))
+    x, ids = tokens_of(tokens, 128), randn(tokens, 4, seed=5).topk(2).indices
+    weights = torch.rand(tokens, 2, device=DEVICE)
+    for mode in MODES:
+        want = moe_experts(x, weights, ids, *stacks, *shared, pdl=mode)
+        nan_x, nan_weights = x.clone(), weights.clone()
+        nan_x[1] = nan_weights[1, 1] = float("nan")
+        for inputs in ((nan_x, weights), (x, nan_weights)):
+            got = moe_experts(*inputs, ids, *stacks, *shared, pdl=mode)
+            assert got[1].isnan().all()
+            got[1] = want[1]
+            assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(1, 7, 3), (5, 8, 2), (8, 3, 3)])
+def test_few_plan(tokens: int, experts: int, top_k: int) -> None:
+    """Each named expert once, rising, with its tokens' bits; an expert named twice counts twice."""
+    from minidsv.kernels.moe_plan_triton import few_plan
+
+    ids = (randn(tokens, top_k).abs() * 1.5).long().clamp_max(experts - 1)
+    weights = torch.rand(tokens, top_k, device=DEVICE)
+    share = torch.zeros(tokens, experts, device=DEVICE).scatter_add(1, ids, weights)
+    named = torch.zeros(tokens, experts, dtype=torch.bool, device=DEVICE).scatter(1, ids, True)
+    want = [
+        (expert << 8) + sum(1 << t for t in range(tokens) if named[t, expert])
+        for expert in range(experts)
+        if named[:, expert].any()
+    ]
+    for mode in MODES:
+        entries, shares = few_plan(ids, weights, experts, triton_mode(ids, mode))
+        assert entries[: 1 + len(want)].tolist() == [len(want), *want]
+        for tile, entry in enumerate(want):
+            mine = named[:, entry >> 8]
+            assert torch.equal(shares[tile, :tokens][mine], share[mine, entry >> 8])
 
 
 @pytest.mark.parametrize(("slots", "experts", "bt"), [(1, 4, 16), (600, 5, 32), (5000, 3, 128)])
