@@ -166,9 +166,6 @@ def _down_kernel(
     if begin < end:
         at = begin + t
         row = tl.minimum(at, end - 1)
-        listed = tl.where(is_shared, 0, end)
-        chosen = tl.load(order + row, mask=row < listed, other=0)
-        slot = tl.where(is_shared, slots + row, chosen)
         width = tl.where(is_shared, shared_inner, inner)
         w = tl.where(is_shared, shared_weight, weight + expert * hidden * inner)
         routed_scale = scale + expert * tl.cdiv(hidden, 128) * tl.cdiv(inner, 128)
@@ -178,6 +175,8 @@ def _down_kernel(
         line = tl.minimum(block * ROWS + r, hidden - 1)
         source = tl.where(is_shared, shared_h, h) + row.to(tl.int64) * width
         acc = _product(w + line * width, source, at < end, s, s, width, ROWS, BT, BK, EVEN)
+        chosen = tl.load(order + row, mask=row < tl.where(is_shared, 0, end), other=0)
+        slot = tl.where(is_shared, slots + row, chosen)
         column = block * ROWS + r
         tl.store(
             y + slot.to(tl.int64)[:, None] * hidden + column[None, :],

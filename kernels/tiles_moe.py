@@ -13,6 +13,13 @@ ROUTER_MANY = Tile(block_m=16, block_n=32, block_k=256, num_warps=4, num_stages=
 ROUTER_PREFILL = Tile(block_m=64, block_n=128, block_k=64, num_warps=4, num_stages=4)
 ROUTER_TILES = (ROUTER_LONE, ROUTER_FEW, ROUTER_MANY, ROUTER_PREFILL)
 
+# With the norm before: block_k columns of the sum a program writes, split parts of K as below.
+NORM_ROUTER_LONE = Tile(block_m=1, block_n=2, block_k=64, num_warps=8)
+NORM_ROUTER_FEW = Tile(block_m=4, block_n=2, block_k=64, num_warps=16)
+NORM_ROUTER_SOME = Tile(block_m=16, block_n=8, block_k=256, split=4, num_warps=4, num_stages=3)
+NORM_ROUTER_TILES = (NORM_ROUTER_LONE, NORM_ROUTER_FEW, NORM_ROUTER_SOME)
+NORM_ROUTER_TOKENS = 64  # more: the norm has a launch of its own, the sum is read once
+
 FEW_TOKENS = 8  # columns of the tiles for few tokens, whose experts one program sums
 
 # By bytes of a weight. `split` parts of 128 columns a step, one a warp; gate_up has block_n rows of
@@ -38,6 +45,13 @@ def router_gemm(m: int, dims: tuple[int, ...]) -> Tile:
     if m <= GEMV_TOKENS:
         return ROUTER_LONE if m <= 1 else ROUTER_FEW
     return ROUTER_MANY if m <= 512 else ROUTER_PREFILL
+
+
+def norm_router_gemm(m: int, dims: tuple[int, ...]) -> Tile:
+    """dims (hidden, experts), up to NORM_ROUTER_TOKENS."""
+    if m <= GEMV_TOKENS:
+        return NORM_ROUTER_LONE if m <= 1 else NORM_ROUTER_FEW
+    return NORM_ROUTER_SOME
 
 
 def _by_tokens_an_expert(m: int, experts: int, top_k: int) -> Tile:
@@ -66,6 +80,7 @@ def moe(m: int, dims: tuple[int, ...]) -> Tile:
 
 TILES: dict[str, Rule] = {
     "router_gemm": router_gemm,
+    "norm_router_gemm": norm_router_gemm,
     "few_gate_up": few_gate_up,
     "few_down": few_down,
     "moe": moe,
