@@ -8,10 +8,10 @@ from torch import Tensor
 
 
 @triton.jit
-def prefetch(rows, wanted, LINES: tl.constexpr):
-    """The first LINES * 128 bytes of each row into the L2, if `wanted`."""
+def prefetch(rows, size, wanted, LINES: tl.constexpr):
+    """The first LINES * 128 bytes of each row of `size` into the L2, if `wanted`."""
     step: tl.constexpr = 128 // (rows.dtype.scalar.element_ty.primitive_bitwidth // 8)
-    lines = rows[:, None] + tl.arange(0, LINES)[None, :] * step
+    lines = rows[:, None] + tl.minimum(tl.arange(0, LINES) * step, size - 1)[None, :]
     tl.inline_asm_elementwise(
         "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
         "=r,l,r",

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minidsv.kernels.gemm import linear
-from minidsv.kernels.moe_plan import Plan
 from minidsv.kernels.pdl import PdlMode, triton_mode
 
 
@@ -137,14 +136,12 @@ def moe_experts(
     shared_gate_up_scale: Tensor | None,
     shared_down: Tensor | None,
     shared_down_scale: Tensor | None,
-    plan: Plan | None = None,
     pdl: PdlMode | None = None,
 ) -> Tensor:
     """Routed and shared experts: x [T, hidden] -> [T, hidden] in x's dtype.
 
     weights fp32 and ids int64 [T, k]; gate_up [E, 2, I, hidden], down
     [E, hidden, I]; shared_gate_up [2, Is, hidden] and shared_down [hidden, Is], both or neither.
-    `plan`: theirs, where `route` has made it; for the Triton kernels, which make their own if None.
     """
     assert down.dim() == 3, f"down {tuple(down.shape)} is not [E, hidden, I]"
     assert weights.shape == ids.shape, f"weights {tuple(weights.shape)}, ids {tuple(ids.shape)}"
@@ -166,7 +163,7 @@ def moe_experts(
     expert = None
     if shared_gate_up is not None and shared_down is not None:
         expert = Weights(shared_gate_up, shared_gate_up_scale, shared_down, shared_down_scale)
-    return moe_triton(x, weights, ids, plan, Weights(*stack), expert, mode)
+    return moe_triton(x, weights, ids, Weights(*stack), expert, mode)
 
 
 def swiglu_mlp_cost(tokens: int, hidden: int, inner: int, weight_bytes: int = 1) -> tuple[int, int]:

@@ -4,7 +4,8 @@ A tile of weights is [ROWS, KS, 128]: each warp multiplies its own 128 columns (
 shared expert's down) or its own expert (down), so that few rows a program fill the device, and the
 warps' sums meet once, at the end. A program of down owns ROWS of `hidden` and all tokens. It walks
 over the shared expert and then KS routed ones at a time in one loop, whose loads run ahead from an
-expert into the next: all programs read as much, and nothing is left to be summed up.
+expert into the next: all programs read as much, and nothing is left to be summed up. Which experts
+are named by whom gate_up finds out itself, and lists for down.
 """
 
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import cdiv
+from triton import cdiv, next_power_of_2
 
 from minidsv.kernels.gemm_triton import as_operand
 from minidsv.kernels.launch import KernelSpec, Row, pdl_begin, pdl_end
@@ -25,7 +26,6 @@ from minidsv.kernels.mlp_triton import (
     prefetch,
     weight_types,
 )
-from minidsv.kernels.moe_plan import FewPlan
 from minidsv.kernels.pdl import PdlMode
 from minidsv.kernels.tile import Tile
 from minidsv.kernels.tiles_moe import FEW_DOWN, FEW_GATE_UP, FEW_TOKENS
@@ -48,13 +48,37 @@ def _wide(x, like):
     return x.to(like.dtype.element_ty).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=("tokens", "tiles"))
+@triton.jit
+def _tile(ids, weights, tile, tokens, top_k, BT: tl.constexpr, BLOCK_K: tl.constexpr):
+    """(the number of experts named, entry and shares [BT] of the tile-th of them).
+
+    They come in the order in which the slots (token * k + choice) name them first. An entry is
+    expert << BT | the tokens' bits, 0 where there is none; shares are its weights.
+    """
+    SLOTS: tl.constexpr = BT * BLOCK_K
+    t, j, i = tl.arange(0, BT), tl.arange(0, BLOCK_K)[None, :], tl.arange(0, SLOTS)
+    slots = tokens * top_k
+    named = tl.load(ids + i, mask=i < slots, other=-1).to(tl.int32)
+    again = tl.load(ids + i[None, :], mask=i[None, :] < slots, other=-1).to(tl.int32)
+    first = tl.min(tl.where(named[:, None] == again, i[None, :], SLOTS), 1)
+    leads = ((first == i) & (i < slots)).to(tl.int32)
+    mine = (leads == 1) & (tl.cumsum(leads, 0) == tile + 1)
+    expert = tl.max(tl.where(mine, named, -1), 0)
+    at, inside = t[:, None] * top_k + j, (t < tokens)[:, None] & (j < top_k)
+    hit = tl.load(ids + at, mask=inside, other=-2).to(tl.int32) == expert
+    shares = tl.sum(tl.where(hit, tl.load(weights + at, mask=inside, other=0.0), 0.0), 1)
+    bits = tl.sum(tl.max(hit.to(tl.int32), 1) << t, 0)
+    return tl.sum(leads, 0), tl.where(expert >= 0, (expert << BT) | bits, 0), shares
+
+
+@triton.jit(do_not_specialize=("tokens", "top_k", "tiles"))
 def _few_gate_up_kernel(
-    x, h, shared_h, entries, weight, scale, shared_weight, shared_scale,
-    tokens, tiles, hidden, inner, shared_inner,
-    ROWS: tl.constexpr, BT: tl.constexpr, KS: tl.constexpr, PDL: tl.constexpr,
+    x, h, shared_h, ids, weights, entries, shares, weight, scale, shared_weight, shared_scale,
+    tokens, top_k, tiles, hidden, inner, shared_inner,
+    ROWS: tl.constexpr, BT: tl.constexpr, KS: tl.constexpr, BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """A program: ROWS of gate and the same of up."""
+    """A program: ROWS of gate and the same of up. A tile's first one lists it for down."""
     fp8: tl.constexpr = weight.dtype.element_ty == tl.float8e4nv
     program, t = tl.program_id(0), tl.arange(0, BT)
     part, k = tl.arange(0, KS)[None, :, None], tl.arange(0, 128)[None, None, :]
@@ -64,13 +88,18 @@ def _few_gate_up_kernel(
     if PDL == "prefetch":
         r = tl.arange(0, ROWS * 2)
         line = tl.minimum(program * ROWS + r % ROWS, shared_inner - 1) + r // ROWS * shared_inner
-        prefetch(shared_weight + line.to(tl.int64) * hidden, shared.to(tl.int32), 4)
+        prefetch(shared_weight + line.to(tl.int64) * hidden, hidden, shared.to(tl.int32), 4)
     pdl_begin(PDL)
     routed, blocks = program - shared_programs, tl.cdiv(inner, ROWS)
     tile = tl.where(shared, 0, routed // blocks)
     block = tl.where(shared, program, routed % blocks)
-    count = tl.load(entries, mask=tiles > 0, other=0)
-    entry = tl.load(entries + 1 + tile, mask=(shared == 0) & (tile < count), other=0)
+    entry = 0
+    if shared == 0:
+        count, entry, share = _tile(ids, weights, tile, tokens, top_k, BT, BLOCK_K)
+        if block == 0:
+            tl.store(entries, count, mask=tile == 0)
+            tl.store(entries + 1 + tile, entry)
+            tl.store(shares + tile * BT + t, share)
     if shared | (entry > 0):
         width = tl.where(shared, shared_inner, inner)
         expert = (entry >> BT).to(tl.int64)
@@ -114,7 +143,7 @@ def _few_gate_up_kernel(
 
 @triton.jit
 def _entry(entries, turn, count, part):
-    """Entries of the plan that the parts have in a turn; 0 for none, and before the first turn."""
+    """Entries that the parts have in a turn; 0 for none, and before the first turn."""
     d = turn * part.shape[0] * part.shape[1] + part
     return tl.load(entries + 1 + d, mask=(d >= 0) & (d < count), other=0)
 
@@ -163,7 +192,8 @@ def _few_down_kernel(
     scale += first // 128 * blocks
     shared_scale += first // 128 * shared_blocks
     if PDL == "prefetch":
-        prefetch(shared_weight + (first + r) * shared_inner, (shared_inner > 0).to(tl.int32), 8)
+        wanted = (shared_inner > 0).to(tl.int32)
+        prefetch(shared_weight + (first + r) * shared_inner, shared_inner, wanted, 8)
     r, rows = r[:, None, None], t[:, None, None]
     pdl_begin(PDL)
     count = tl.load(entries, mask=tiles > 0, other=0)
@@ -216,20 +246,18 @@ def _few_down_kernel(
     pdl_end(PDL)
 
 
-def _rows(few: dict[int, tuple[Tile, ...]], **pointers: str) -> tuple[Row, ...]:
-    """Of the tiles by bytes of a weight."""
-    arguments: dict[str, str | int | float] = {
-        **pointers, "h": "*bf16:16", "shared_h": "*bf16:16", "entries": "*i32:16",
-        "tokens": "i32", "tiles": "i32", "hidden": "i32:16",
-        "inner": "i32:16", "shared_inner": "i32:16",
+TOP_K_BLOCKS = (8, 2)  # powers of two over the models' numbers of experts a token
+
+
+def _row(size: int, tile: Tile, **more: str | int) -> Row:
+    """Of weights of `size` bytes."""
+    types: dict[str, str | int | float] = {
+        "h": "*bf16:16", "shared_h": "*bf16:16", "entries": "*i32:16", "shares": "*fp32:16",
+        "tokens": "i32", "tiles": "i32", "hidden": "i32:16", "inner": "i32:16",
+        "shared_inner": "i32:16",
     }  # fmt: skip
-    return tuple(
-        Row(
-            arguments | weight_types(size == 1) | _sizes(tile), tile.num_warps, tile.num_stages
-        )
-        for size, tiles in few.items()
-        for tile in tiles
-    )  # fmt: skip
+    types |= weight_types(size == 1) | _sizes(tile) | more
+    return Row(types, tile.num_warps, tile.num_stages)
 
 
 def _sizes(tile: Tile) -> dict[str, int]:
@@ -237,12 +265,23 @@ def _sizes(tile: Tile) -> dict[str, int]:
 
 
 _CONSTANT = frozenset(("shared_weight", "shared_scale"))
+_GATE_UP: dict[str, str | int] = {
+    "x": "*bf16:16", "ids": "*i64:16", "weights": "*fp32:16", "top_k": "i32",
+}  # fmt: skip
 GATE_UP = KernelSpec(
-    _few_gate_up_kernel, _rows(FEW_GATE_UP, x="*bf16:16"), _CONSTANT, fp_fusion=True
+    _few_gate_up_kernel,
+    tuple(
+        _row(size, tile, **_GATE_UP, BLOCK_K=block)
+        for size, tiles in FEW_GATE_UP.items()
+        for tile in tiles
+        for block in TOP_K_BLOCKS
+    ),
+    _CONSTANT,
+    fp_fusion=True,
 )
 DOWN = KernelSpec(
     _few_down_kernel,
-    _rows(FEW_DOWN, out="*bf16:16", shares="*fp32:16"),
+    tuple(_row(size, tile, out="*bf16:16") for size, tiles in FEW_DOWN.items() for tile in tiles),
     _CONSTANT,
     fp_fusion=True,
 )
@@ -250,33 +289,30 @@ SPECS = (GATE_UP, DOWN)
 
 
 def few(
-    x: Tensor, plan: FewPlan | None, routed: Weights, shared: Weights | None, mode: PdlMode
+    x: Tensor, weights: Tensor, ids: Tensor, routed: Weights, shared: Weights | None, mode: PdlMode
 ) -> Tensor:
-    """x [T, hidden], T at most FEW_TOKENS -> [T, hidden]; without a plan `shared` alone."""
-    (tokens, hidden), dtype = x.shape, x.dtype
-    out = torch.empty_like(x)
-    nothing = torch.empty((0, FEW_TOKENS), dtype=torch.int32, device=x.device)
-    entries, shares = plan or FewPlan(nothing, nothing.float())
-    tiles, shared_inner = len(shares), shared.inner if shared else 0
-    shared = shared or routed
+    """x [T, hidden], weights and ids [T, k], T at most FEW_TOKENS -> [T, hidden]."""
+    (tokens, hidden), top_k, device = x.shape, ids.shape[1], x.device
+    tiles = min(ids.numel(), len(routed.down)) if top_k else 0
+    shared_inner = shared.inner if shared else 0
+    shared, out = shared or routed, torch.empty_like(x)
     args: dict[str, Any] = {
-        "h": torch.empty((tiles * FEW_TOKENS, routed.inner), dtype=dtype, device=x.device),
-        "shared_h": torch.empty((tokens, shared_inner), dtype=dtype, device=x.device),
-        "entries": entries, "tokens": tokens, "tiles": tiles, "hidden": hidden,
-        "inner": routed.inner, "shared_inner": shared_inner,
+        "h": x.new_empty(tiles * FEW_TOKENS, routed.inner),
+        "shared_h": x.new_empty(tokens, shared_inner),
+        "entries": torch.empty(1 + tiles, dtype=torch.int32, device=device),
+        "shares": torch.empty((tiles, FEW_TOKENS), dtype=torch.float32, device=device),
+        "tokens": tokens, "tiles": tiles, "hidden": hidden, "inner": routed.inner,
+        "shared_inner": shared_inner,
     }  # fmt: skip
     dims = (1 if routed.down_scale is not None else 2, hidden)
     tile = launch_config("few_gate_up", tokens, dims)
-    blocks = cdiv(shared_inner, tile.block_n) + cdiv(routed.inner, tile.block_n) * tiles
-    GATE_UP.launch(
-        (blocks if tokens else 0,), mode,
-        {**args, **gate_up_arguments(routed, shared), **_sizes(tile), "x": x},
-        tile.num_warps, tile.num_stages,
-    )  # fmt: skip
+    up = args | gate_up_arguments(routed, shared) | _sizes(tile)
+    up |= {"x": x, "ids": ids, "weights": weights, "top_k": top_k}
+    up["BLOCK_K"] = max(TOP_K_BLOCKS[-1], next_power_of_2(top_k))
+    programs = cdiv(shared_inner, tile.block_n) + cdiv(routed.inner, tile.block_n) * tiles
+    GATE_UP.launch((programs if tokens else 0,), mode, up, tile.num_warps, tile.num_stages)
     tile = launch_config("few_down", tokens, dims)
-    DOWN.launch(
-        (cdiv(hidden, tile.block_n) if tokens else 0,), mode,
-        {**args, **down_arguments(routed, shared), **_sizes(tile), "out": out, "shares": shares},
-        tile.num_warps, tile.num_stages,
-    )  # fmt: skip
+    down = args | down_arguments(routed, shared) | _sizes(tile) | {"out": out}
+    grid = (cdiv(hidden, tile.block_n) if tokens else 0,)
+    DOWN.launch(grid, mode, down, tile.num_warps, tile.num_stages)
     return out

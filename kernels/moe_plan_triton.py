@@ -1,9 +1,11 @@
 """Triton kernels around the expert GEMMs: who computes what, and the sum of a token's experts.
 
-few_plan  a `FewPlan`, by one program
-prepare   a `ManyPlan`: every expert has a program, which counts all choices itself: no
-          atomics, no sort, one launch
-combine   out[t] = sum_j weights[t, j] y[t * k + j] + y[T * k + t]
+    prepare   order [T * k]: slots (token * k + choice) by expert, then by slot
+              plan [tiles, 3]: expert, begin, end of at most BT entries of `order`; unused tiles
+              are empty
+    combine   out[t] = sum_j weights[t, j] y[t * k + j] + y[T * k + t]
+
+Every expert has a program, which counts all choices itself: no atomics, no sort, one launch.
 """
 
 from typing import Any
@@ -15,42 +17,9 @@ from torch import Tensor
 from triton import cdiv, next_power_of_2
 
 from minidsv.kernels.launch import KernelSpec, Row, pdl_begin, pdl_end
-from minidsv.kernels.launch_config import launch_config
-from minidsv.kernels.moe_plan import FewPlan, ManyPlan, Plan
 from minidsv.kernels.pdl import PdlMode
-from minidsv.kernels.tiles_moe import FEW_TOKENS
 
 COMBINE_BLOCK = 512
-
-
-@triton.jit
-def list_few(expert, chosen, share, entries, shares):
-    """Store the plan of `chosen` and `share` [BT, E]; `expert` [E] rises."""
-    BT: tl.constexpr = chosen.shape[0]
-    t = tl.arange(0, BT)[:, None]
-    bits = tl.sum(chosen.to(tl.int32) << t, 0)
-    tile = tl.cumsum((bits > 0).to(tl.int32), 0) - 1
-    tl.store(entries, tl.sum((bits > 0).to(tl.int32)))
-    tl.store(entries + 1 + tile, (expert << BT) | bits, mask=bits > 0)
-    tl.store(shares + tile[None, :] * BT + t, share, mask=chosen)
-
-
-@triton.jit(do_not_specialize=("tokens", "top_k"))
-def _few_plan_kernel(
-    ids, weights, entries, shares, tokens, top_k,
-    BT: tl.constexpr, BINS: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    t, expert = tl.arange(0, BT)[:, None], tl.arange(0, BINS)
-    pdl_begin(PDL)
-    chosen = tl.zeros((BT, BINS), tl.int1)
-    share = tl.zeros((BT, BINS), tl.float32)
-    for j in range(top_k):
-        mine = tl.load(ids + t * top_k + j, mask=t < tokens, other=-1).to(tl.int32)
-        weight = tl.load(weights + t * top_k + j, mask=t < tokens, other=0.0)
-        chosen = chosen | (mine == expert[None, :])
-        share += tl.where(mine == expert[None, :], weight, 0.0)
-    list_few(expert, chosen, share, entries, shares)
-    pdl_end(PDL)
 
 
 @triton.jit(do_not_specialize=("slots", "tiles", "experts"))
@@ -113,25 +82,14 @@ def _prepare_row(bins: int, chunk: int, bt: int) -> Row:
     return Row({**pointers, **sizes, "BINS": bins, "CHUNK": chunk, "BT": bt})
 
 
-BINS = (256, 64, 8)  # powers of two over the models' numbers of experts
-FEW_PLAN = KernelSpec(
-    _few_plan_kernel,
-    tuple(
-        Row(
-            {
-                "ids": "*i64:16", "weights": "*fp32:16", "entries": "*i32:16",
-                "shares": "*fp32:16", "tokens": "i32", "top_k": "i32", "BT": FEW_TOKENS,
-                "BINS": bins,
-            }
-        )
-        for bins in BINS
-    ),
-)  # fmt: skip
 PLAN_TILES = (16, 32, 64, 128)
 PREPARE = KernelSpec(
     _prepare_kernel,
     tuple(
-        _prepare_row(bins, chunk, bt) for bins in BINS for chunk in (512, 2048) for bt in PLAN_TILES
+        _prepare_row(bins, chunk, bt)
+        for bins in (256, 64, 8)
+        for chunk in (512, 2048)
+        for bt in PLAN_TILES
     ),
 )
 COMBINE = KernelSpec(
@@ -148,7 +106,7 @@ COMBINE = KernelSpec(
         for shared in (1, 0)
     ),
 )  # fmt: skip
-SPECS = (FEW_PLAN, PREPARE, COMBINE)
+SPECS = (PREPARE, COMBINE)
 
 
 def max_tiles(slots: int, experts: int, bt: int) -> int:
@@ -157,28 +115,8 @@ def max_tiles(slots: int, experts: int, bt: int) -> int:
     return named + (slots - named) // bt
 
 
-def empty_few_plan(slots: int, experts: int, device: torch.device) -> FewPlan:
-    """To be filled, for `slots` choices."""
-    tiles = min(slots, experts)
-    entries = torch.empty(1 + tiles, dtype=torch.int32, device=device)
-    return FewPlan(
-        entries, torch.empty((tiles, FEW_TOKENS), dtype=torch.float32, device=device)
-    )  # fmt: skip
-
-
-def few_plan(ids: Tensor, weights: Tensor, experts: int, mode: PdlMode) -> FewPlan:
-    """Of ids and weights [T, k], T at most FEW_TOKENS."""
-    plan = empty_few_plan(ids.numel(), experts, ids.device)
-    args: dict[str, Any] = {
-        "ids": ids, "weights": weights, **plan._asdict(), "tokens": len(ids),
-        "top_k": ids.shape[1], "BT": FEW_TOKENS, "BINS": max(2, next_power_of_2(experts)),
-    }  # fmt: skip
-    FEW_PLAN.launch((min(len(ids), 1),), mode, args)
-    return plan
-
-
-def prepare(ids: Tensor, experts: int, bt: int, mode: PdlMode) -> ManyPlan:
-    """Of ids [T, k], in tiles of `bt` slots."""
+def prepare(ids: Tensor, experts: int, bt: int, mode: PdlMode) -> tuple[Tensor, Tensor]:
+    """(plan, order) of ids [T, k]."""
     slots = ids.numel()
     tiles = max_tiles(slots, experts, bt)
     plan = torch.empty((tiles, 3), dtype=torch.int32, device=ids.device)
@@ -189,15 +127,7 @@ def prepare(ids: Tensor, experts: int, bt: int, mode: PdlMode) -> ManyPlan:
         "CHUNK": 512 if slots <= 512 else 2048, "BT": bt,
     }  # fmt: skip
     PREPARE.launch((experts,), mode, args)
-    return ManyPlan(plan, order)
-
-
-def make_plan(ids: Tensor, weights: Tensor, experts: int, mode: PdlMode) -> Plan:
-    """Of ids and weights [T, k]."""
-    if len(ids) <= FEW_TOKENS:
-        return few_plan(ids, weights, experts, mode)
-    bt = launch_config("moe", len(ids), (experts, ids.shape[1])).block_m
-    return prepare(ids, experts, bt, mode)
+    return plan, order
 
 
 def combine(y: Tensor, weights: Tensor, tokens: int, shared: bool, mode: PdlMode) -> Tensor:

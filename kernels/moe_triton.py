@@ -27,8 +27,7 @@ from minidsv.kernels.mlp_triton import (
     weight_types,
 )
 from minidsv.kernels.moe_few_triton import few
-from minidsv.kernels.moe_plan import FewPlan, ManyPlan, Plan
-from minidsv.kernels.moe_plan_triton import combine, make_plan
+from minidsv.kernels.moe_plan_triton import combine, max_tiles, prepare
 from minidsv.kernels.pdl import PdlMode
 from minidsv.kernels.tile import Tile
 from minidsv.kernels.tiles_moe import FEW_TOKENS, MLP_TILES
@@ -111,7 +110,7 @@ def _gate_up_kernel(
     if PDL == "prefetch":
         line = tl.minimum(program % shared_blocks * half + r % half, shared_inner - 1)
         line += r // half * shared_inner
-        prefetch(shared_weight + line * hidden, is_shared.to(tl.int32), 2)
+        prefetch(shared_weight + line * hidden, hidden, is_shared.to(tl.int32), 2)
     pdl_begin(PDL)
     block, expert, begin, end = _share(
         is_shared, program, shared_programs, shared_blocks, tl.cdiv(inner, half), plan, tokens, BT
@@ -158,7 +157,7 @@ def _down_kernel(
     is_shared = program < shared_programs
     if PDL == "prefetch":
         line = tl.minimum(program % blocks * ROWS + r, hidden - 1)
-        prefetch(shared_weight + line * shared_inner, is_shared.to(tl.int32), 2)
+        prefetch(shared_weight + line * shared_inner, shared_inner, is_shared.to(tl.int32), 2)
     pdl_begin(PDL)
     block, expert, begin, end = _share(
         is_shared, program, shared_programs, blocks, blocks, plan, tokens, BT
@@ -220,11 +219,11 @@ SPECS = (GATE_UP, DOWN)
 def mlp_triton(x: Tensor, dense: Weights, mode: PdlMode) -> Tensor:
     """x [T, hidden] -> [T, hidden] through one MLP."""
     assert x.is_contiguous(), f"x strides {x.stride()}"
+    none = torch.empty((len(x), 0), dtype=torch.int64, device=x.device)
     if len(x) <= FEW_TOKENS:
-        return few(x, None, dense, dense, mode)
-    nothing = torch.empty((0, 3), dtype=torch.int32, device=x.device)
+        return few(x, none.float(), none, dense, dense, mode)
     y = torch.empty_like(x)
-    _many(x, 0, ManyPlan(nothing, nothing), dense, dense, y, mode)
+    _many(x, none, dense, dense, y, mode)
     return y
 
 
@@ -232,41 +231,37 @@ def moe_triton(
     x: Tensor,
     weights: Tensor,
     ids: Tensor,
-    plan: Plan | None,
     routed: Weights,
     shared: Weights | None,
     mode: PdlMode,
 ) -> Tensor:
-    """x [T, hidden], weights and ids [T, k] and their plan, if made -> [T, hidden]."""
+    """x [T, hidden], weights and ids [T, k] -> [T, hidden]."""
     for name, tensor in (("x", x), ("weights", weights), ("ids", ids)):
         assert tensor.is_contiguous(), f"{name} strides {tensor.stride()}"
-    plan = plan or make_plan(ids, weights, len(routed.down), mode)
-    if isinstance(plan, FewPlan):
-        return few(x, plan, routed, shared, mode)
+    if len(x) <= FEW_TOKENS:
+        return few(x, weights, ids, routed, shared, mode)
     rows = ids.numel() + (len(x) if shared else 0)
     y = torch.empty((rows, x.shape[1]), dtype=x.dtype, device=x.device)
-    _many(x, ids.shape[1], plan, routed, shared, y, mode)
+    _many(x, ids, routed, shared, y, mode)
     return combine(y, weights, len(x), shared is not None, mode)
 
 
 def _many(
-    x: Tensor,
-    top_k: int,
-    plan: ManyPlan,
-    routed: Weights,
-    shared: Weights | None,
-    y: Tensor,
-    mode: PdlMode,
+    x: Tensor, ids: Tensor, routed: Weights, shared: Weights | None, y: Tensor, mode: PdlMode
 ) -> None:
-    """Fill y: a row a slot of the plan, then a row a token of `shared`."""
-    (tokens, hidden), slots = x.shape, len(plan.order)
+    """Fill y: a row a slot of `ids`, then a row a token of `shared`."""
+    (tokens, hidden), slots, top_k = x.shape, ids.numel(), max(1, ids.shape[1])
     experts = len(routed.down) if slots else 1
-    tile = launch_config("moe", tokens, (experts, max(1, top_k)))
+    tile = launch_config("moe", tokens, (experts, top_k))
+    plan = order = torch.empty(0, dtype=torch.int32, device=x.device)
+    if slots:
+        plan, order = prepare(ids, experts, tile.block_m, mode)
+    tiles = max_tiles(slots, experts, tile.block_m)
     shared_inner = shared.inner if shared else 0
     token_tiles = cdiv(tokens, tile.block_m) if shared_inner else 0
     common: dict[str, Any] = {
         "h": x.new_empty(slots, routed.inner), "shared_h": x.new_empty(tokens, shared_inner),
-        "plan": plan.tiles, "order": plan.order, "tokens": tokens, "hidden": hidden,
+        "plan": plan, "order": order, "tokens": tokens, "hidden": hidden,
         "inner": routed.inner, "shared_inner": shared_inner or routed.inner, **_sizes(tile),
     }  # fmt: skip
     shared = shared or routed
@@ -274,12 +269,12 @@ def _many(
     half = tile.block_n // 2
     programs = cdiv(shared_inner, half) * token_tiles
     args = common | gate_up_arguments(routed, shared)
-    args |= {"x": x, "top_k": max(1, top_k), "BF16": int(x.dtype == torch.bfloat16)}
+    args |= {"x": x, "top_k": top_k, "BF16": int(x.dtype == torch.bfloat16)}
     args |= {"shared_programs": programs, "EVEN": int(hidden % tile.block_k == 0)}
-    GATE_UP.launch((programs + cdiv(routed.inner, half) * len(plan.tiles),), mode, args, *options)
+    GATE_UP.launch((programs + cdiv(routed.inner, half) * tiles,), mode, args, *options)
     programs = cdiv(hidden, tile.block_n) * token_tiles
     args = common | down_arguments(routed, shared)
     args |= {"y": y, "slots": slots, "shared_programs": programs}
     args |= {"EVEN": int(routed.inner % tile.block_k == 0 == shared.inner % tile.block_k)}
-    grid = (programs + cdiv(hidden, tile.block_n) * len(plan.tiles),)
+    grid = (programs + cdiv(hidden, tile.block_n) * tiles,)
     DOWN.launch(grid, mode, args, *options)

@@ -20,12 +20,14 @@ from minidsv.config import ModelConfig
 from minidsv.engine_config import bundled_model
 from minidsv.kernels import pdl
 from minidsv.kernels.launch import KernelSpec, Row
+from minidsv.kernels.norm import PreNorm
 from minidsv.kernels.pdl import PdlMode
 from minidsv.kernels.ran import nearest, row_of
 from minidsv.kernels.specs import SPECS
 from minidsv.kv_cache import KVCache
-from minidsv.layers import Operators
+from minidsv.layers import LayerWeights, Operators
 from minidsv.model import DeepseekV32
+from minidsv.moe import MoE
 from minidsv.tensor_table import tensor_table
 
 META = torch.device("meta")
@@ -89,6 +91,7 @@ class Launches:
 
     def __init__(self) -> None:
         self.rows: list[tuple[KernelSpec, Row]] = []
+        self.names: list[str] = []  # of every launch
         self._seen: set[str] = set()
         self._backend = make_backend(GPUTarget("cuda", 90, 32))
         self._binders: dict[str, Any] = {}
@@ -109,6 +112,8 @@ class Launches:
             )
         bound, specialization, rest = self._binders[spec.name](**args, PDL=mode, **options)
         key = f"{id(spec)} {specialization} {rest}"
+        if 0 not in grid:
+            self.names.append(spec.name)
         if 0 in grid or key in self._seen:
             return
         self._seen.add(key)
@@ -139,3 +144,33 @@ def test_every_launch_is_a_row(name: str, weights: str, launches: Launches) -> N
     assert {spec.name for spec, _ in launches.rows} <= {spec.name for spec in SPECS}
     missing = [nearest(spec, row) for spec, row in launches.rows if row not in spec.rows]
     assert not missing, "\n".join(missing)
+
+
+EXPERTS_OF_FEW = ["grouped_topk_kernel", "few_gate_up_kernel", "few_down_kernel"]
+EXPERTS_OF_MANY = [
+    "grouped_topk_kernel", "prepare_kernel", "gate_up_kernel", "down_kernel", "combine_kernel",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("weights", ["fp8", "bf16"])
+@pytest.mark.parametrize(
+    ("tokens", "names"),
+    [
+        (1, ["norm_router_gemv_kernel", *EXPERTS_OF_FEW]),
+        (8, ["norm_router_gemv_kernel", *EXPERTS_OF_FEW]),
+        (9, ["norm_router_gemv_kernel", *EXPERTS_OF_MANY]),
+        (64, ["norm_router_gemm_kernel", *EXPERTS_OF_MANY]),
+        (65, ["add_rms_norm_kernel", "router_gemm_kernel", *EXPERTS_OF_MANY]),
+    ],
+)
+def test_launches_of_a_moe_block(
+    tokens: int, names: list[str], weights: str, launches: Launches
+) -> None:
+    """Four for few tokens: norm and router, selection, gate_up, down."""
+    config = model_config("deepseek_v32")
+    block = MoE(config, LayerWeights(meta_weights(config, weights == "fp8"), 1), "off")
+    x = torch.empty((2, tokens, config.hidden_size), dtype=torch.bfloat16, device=META)
+    gain = torch.empty(config.hidden_size, device=META)
+    out, residual = block(PreNorm(x[0], x[1], gain, 1e-6))
+    assert out.shape == residual.shape == x[0].shape
+    assert launches.names == names

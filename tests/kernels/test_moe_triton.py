@@ -120,26 +120,16 @@ def test_a_broken_token_breaks_no_other(tokens: int) -> None:
             assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(1, 7, 3), (5, 8, 2), (8, 3, 3)])
-def test_few_plan(tokens: int, experts: int, top_k: int) -> None:
-    """Each named expert once, rising, with its tokens' bits; an expert named twice counts twice."""
-    from minidsv.kernels.moe_plan_triton import few_plan
-
-    ids = (randn(tokens, top_k).abs() * 1.5).long().clamp_max(experts - 1)
-    weights = torch.rand(tokens, top_k, device=DEVICE)
-    share = torch.zeros(tokens, experts, device=DEVICE).scatter_add(1, ids, weights)
-    named = torch.zeros(tokens, experts, dtype=torch.bool, device=DEVICE).scatter(1, ids, True)
-    want = [
-        (expert << 8) + sum(1 << t for t in range(tokens) if named[t, expert])
-        for expert in range(experts)
-        if named[:, expert].any()
-    ]
+@pytest.mark.parametrize("ids", [[[2, 2]], [[3, 0], [0, 0], [3, 1]], [[1, 1]] * 8, [[1, 2]] * 9])
+def test_an_expert_may_be_named_twice(ids: list[list[int]]) -> None:
+    """By one token, by several, by all; the order of the slots is not that of the experts."""
+    stacks, shared = mlp(False, 5, 128, 64, seed=1), one(mlp(False, 1, 128, 64, seed=3))
+    x, choices = tokens_of(len(ids), 128), torch.tensor(ids, device=DEVICE)
+    weights = torch.rand(choices.shape, device=DEVICE)
     for mode in MODES:
-        entries, shares = few_plan(ids, weights, experts, triton_mode(ids, mode))
-        assert entries[: 1 + len(want)].tolist() == [len(want), *want]
-        for tile, entry in enumerate(want):
-            mine = named[:, entry >> 8]
-            assert torch.equal(shares[tile, :tokens][mine], share[mine, entry >> 8])
+        got = moe_experts(x, weights, choices, *stacks, *shared, pdl=mode)
+        want = moe_experts_ref(x, weights, choices, *stacks, *shared)
+        assert_close("experts", got, want, TOLERANCE)
 
 
 @pytest.mark.parametrize(("slots", "experts", "bt"), [(1, 4, 16), (600, 5, 32), (5000, 3, 128)])
