@@ -16,7 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minidsv.kernels.norm import PreNorm, norm_cost, pre_norm
 from minidsv.kernels.pdl import PdlMode, triton_mode
+from minidsv.kernels.tiles_moe import NORM_ROUTER_TOKENS
 
 
 def router_gemm_ref(x: Tensor, weight: Tensor, out_dtype: torch.dtype = torch.float32) -> Tensor:
@@ -40,9 +42,34 @@ def router_gemm(
     mode = triton_mode(x, pdl)
     if mode is None:
         return router_gemm_ref(x, weight, out_dtype)
-    from minidsv.kernels.router_triton import multiply
+    from minidsv.kernels.router_gemm_triton import multiply
 
     return multiply(x, weight, out_dtype, mode)
+
+
+def norm_router_gemm(
+    x: PreNorm, weight: Tensor, pdl: PdlMode | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(logits fp32 [T, E], normed [T, hidden], the residual [T, hidden]): the norm and its GEMM.
+
+    One launch up to NORM_ROUTER_TOKENS tokens with a block before; its logits are of the normed
+    sum before it is rounded.
+    """
+    mode = triton_mode(x.residual, pdl)
+    if mode is None or x.out is None or len(x.residual) > NORM_ROUTER_TOKENS:
+        normed, residual = pre_norm(x, pdl)
+        return router_gemm(normed, weight, pdl=pdl), normed, residual
+    assert x.out.shape == x.residual.shape, f"{tuple(x.out.shape)=}, {tuple(x.residual.shape)=}"
+    assert x.residual.shape[1] == weight.shape[1], f"{tuple(x.residual.shape)=}, {weight.shape=}"
+    from minidsv.kernels.router_gemm_triton import norm_multiply
+
+    return norm_multiply(x, weight, mode)
+
+
+def norm_router_gemm_cost(tokens: int, hidden: int, experts: int) -> tuple[int, int]:
+    """(bytes, flops): the block's output and the residual read, the sum and the normed written."""
+    norm, gemm = norm_cost(tokens, hidden, 2, 4), router_gemm_cost(tokens, hidden, experts)
+    return norm[0] + gemm[0] - 2 * tokens * hidden, norm[1] + gemm[1]
 
 
 def router_gemm_cost(tokens: int, hidden: int, experts: int, out_bytes: int = 4) -> tuple[int, int]:

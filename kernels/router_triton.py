@@ -1,10 +1,7 @@
-"""Triton kernels of the router.
+"""Triton kernel of the router's selection: one warp a token.
 
-gemv   few tokens: a program holds its rows of the weight in registers, all of K, loaded before
-       the wait, and multiplies one block of tokens after the other on CUDA cores
-gemm   more: tensor cores, tiles of tokens and experts
-topk   one warp a token: orders scores as integers, so that NaN is the largest and ties go to
-       the lowest index, and takes the best group or expert as often as asked
+Orders scores as integers, so that NaN is the largest and ties go to the lowest index, and takes the
+best group or expert as often as asked.
 """
 
 from typing import Any
@@ -13,62 +10,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import cdiv, next_power_of_2
+from triton import next_power_of_2
 
 from minidsv.kernels.launch import KernelSpec, Row, pdl_begin, pdl_end
-from minidsv.kernels.launch_config import launch_config
 from minidsv.kernels.pdl import PdlMode, is_interpreted
-from minidsv.kernels.tile import Tile
-from minidsv.kernels.tiles_moe import GEMV_TOKENS, ROUTER_TILES
-
-
-@triton.jit(do_not_specialize=("tokens", "experts"))
-def _router_gemv_kernel(
-    x, weight, out, tokens, experts, hidden,
-    BN: tl.constexpr, BM: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    n = (tl.program_id(0) * BN + tl.arange(0, BN))[None, :]
-    m, k = tl.arange(0, BM)[:, None], tl.arange(0, BLOCK_K)[None, None, :]  # [BM, BN, BLOCK_K]
-    rows = weight + n.to(tl.int64)[:, :, None] * hidden + k
-    there = (n < experts)[:, :, None] & (k < hidden)
-    if PDL == "prefetch":
-        w = tl.load(rows, mask=there, other=0.0)
-        pdl_begin(PDL)
-    else:
-        pdl_begin(PDL)
-        w = tl.load(rows, mask=there, other=0.0)
-    w = w.to(tl.float32)
-    for start in range(0, tokens, BM):
-        token = (start + m).to(tl.int64)
-        inside = (token < tokens)[:, :, None] & (k < hidden)
-        row = tl.load(x + token[:, :, None] * hidden + k, mask=inside, other=0.0).to(tl.float32)
-        logits = tl.sum(row * w, 2).to(out.dtype.element_ty)
-        tl.store(out + token * experts + n, logits, mask=(token < tokens) & (n < experts))
-    pdl_end(PDL)
-
-
-@triton.jit(do_not_specialize=("tokens", "experts"))
-def _router_gemm_kernel(
-    x, weight, out, tokens, experts, hidden,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    m = tl.program_id(1) * BM + tl.arange(0, BM)
-    n, k = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BK)
-    rows = weight + tl.minimum(n, experts - 1).to(tl.int64)[:, None] * hidden
-    pdl_begin(PDL)
-    lines = x + tl.minimum(m, tokens - 1).to(tl.int64)[:, None] * hidden
-    acc = tl.zeros((BM, BN), dtype=tl.float32)
-    for start in range(0, hidden, BK):
-        inside = (start + k < hidden)[None, :]
-        a = tl.load(lines + (start + k)[None, :], mask=inside, other=0.0)
-        w = tl.load(rows + (start + k)[None, :], mask=inside, other=0.0)
-        acc = tl.dot(a, tl.trans(w), acc, input_precision="ieee")
-    tl.store(
-        out + m.to(tl.int64)[:, None] * experts + n[None, :],
-        acc.to(out.dtype.element_ty),
-        mask=(m < tokens)[:, None] & (n < experts)[None, :],
-    )
-    pdl_end(PDL)
 
 
 @triton.jit
@@ -149,19 +94,8 @@ def _grouped_topk_kernel(
     pdl_end(PDL)
 
 
-def _gemm_row(tile: Tile, out: str, block_k: int) -> Row:
-    sizes = {"BM": tile.block_m, "BN": tile.block_n}
-    sizes["BLOCK_K" if tile.block_k == 1 else "BK"] = block_k
-    types: dict[str, str | int | float] = {
-        "x": "*bf16:16", "weight": "*bf16:16", "out": f"*{out}:16", "tokens": "i32",
-        "experts": "i32", "hidden": "i32:16",
-    }  # fmt: skip
-    return Row(types | sizes, tile.num_warps, tile.num_stages)
-
-
 # (experts, top_k, n_group, topk_group): DeepSeek-V3.2, GLM-5, mini, the bundled model
 SELECTIONS = ((256, 8, 8, 4), (256, 8, 1, 1), (64, 6, 1, 1), (8, 2, 4, 2))
-HIDDEN_BLOCKS = (8192, 2048, 256)  # powers of two over the models' hidden sizes
 
 
 def _selection(experts: int, top_k: int, n_group: int, topk_group: int, norm: bool) -> Any:
@@ -173,29 +107,6 @@ def _selection(experts: int, top_k: int, n_group: int, topk_group: int, norm: bo
     }  # fmt: skip
 
 
-GEMV = KernelSpec(
-    _router_gemv_kernel,
-    tuple(
-        _gemm_row(tile, out, block)
-        for out in ("fp32", "bf16")
-        for tile in ROUTER_TILES
-        if tile.block_k == 1
-        for block in HIDDEN_BLOCKS
-    ),
-    frozenset(("weight",)),
-    fp_fusion=True,
-)
-GEMM = KernelSpec(
-    _router_gemm_kernel,
-    tuple(
-        _gemm_row(tile, out, tile.block_k)
-        for out in ("fp32", "bf16")
-        for tile in ROUTER_TILES
-        if tile.block_k > 1
-    ),
-    frozenset(("weight",)),
-    fp_fusion=True,
-)
 TOPK = KernelSpec(
     _grouped_topk_kernel,
     tuple(
@@ -211,29 +122,7 @@ TOPK = KernelSpec(
     ),
     frozenset(("bias",)),
 )  # fmt: skip
-SPECS = (GEMV, GEMM, TOPK)
-
-
-def multiply(x: Tensor, weight: Tensor, out_dtype: torch.dtype, mode: PdlMode) -> Tensor:
-    """x [T, hidden], weight [E, hidden] -> [T, E]."""
-    for name, tensor in (("x", x), ("weight", weight)):
-        assert tensor.is_contiguous(), f"{name} strides {tensor.stride()}"
-    assert x.dtype == weight.dtype, f"x {x.dtype}, weight {weight.dtype}"
-    (tokens, hidden), experts = x.shape, len(weight)
-    out = torch.empty((tokens, experts), dtype=out_dtype, device=x.device)
-    tile = launch_config("router_gemm", tokens, (hidden, experts))
-    args: dict[str, Any] = {"x": x, "weight": weight, "out": out}
-    args |= {"tokens": tokens, "experts": experts, "hidden": hidden}
-    args |= {"BM": tile.block_m, "BN": tile.block_n}
-    columns = cdiv(experts, tile.block_n)
-    if tokens <= GEMV_TOKENS:
-        grid: tuple[int, ...] = (columns if tokens else 0,)
-        args["BLOCK_K"] = next_power_of_2(hidden)
-        GEMV.launch(grid, mode, args, tile.num_warps, tile.num_stages)
-    else:
-        grid = (columns, cdiv(tokens, tile.block_m))
-        GEMM.launch(grid, mode, args | {"BK": tile.block_k}, tile.num_warps, tile.num_stages)
-    return out
+SPECS = (TOPK,)
 
 
 def select(

@@ -4,9 +4,9 @@ from torch import Tensor
 
 from minidsv.config import ModelConfig
 from minidsv.kernels.moe import moe_experts
-from minidsv.kernels.norm import PreNorm, pre_norm
+from minidsv.kernels.norm import PreNorm
 from minidsv.kernels.pdl import PdlMode
-from minidsv.kernels.router import grouped_topk, router_gemm
+from minidsv.kernels.router import grouped_topk, norm_router_gemm
 from minidsv.layers import LayerWeights
 
 
@@ -24,9 +24,9 @@ class MoE:
     def __call__(self, x: PreNorm) -> tuple[Tensor, Tensor]:
         """x [T, hidden] -> (the mixture [T, hidden], the residual)."""
         c = self.config
-        normed, residual = pre_norm(x, self.pdl)
+        logits, normed, residual = norm_router_gemm(x, self.gate, self.pdl)
         weights, ids = grouped_topk(
-            router_gemm(normed, self.gate, pdl=self.pdl),
+            logits,
             self.gate_bias,
             top_k=c.num_experts_per_tok,
             n_group=c.n_group,

@@ -14,9 +14,12 @@ from minidsv.kernels.gemm import Segment, fused_linear, fused_linear_cost
 from minidsv.kernels.index_cache import fp8_page_bytes
 from minidsv.kernels.indexer_logits import paged_index_logits, paged_index_logits_cost
 from minidsv.kernels.moe import moe_experts, moe_experts_cost
+from minidsv.kernels.norm import PreNorm
 from minidsv.kernels.router import (
     grouped_topk,
     grouped_topk_cost,
+    norm_router_gemm,
+    norm_router_gemm_cost,
     router_gemm,
     router_gemm_cost,
 )
@@ -167,6 +170,12 @@ def experts(d: Dims, m: int) -> Iterator[Case]:
         x, w = normal(seed, m, d.hidden), normal(seed + 1, d.experts, d.hidden)
         return lambda pdl: router_gemm(x, w, pdl=pdl)
 
+    def norm_gemm(seed: int) -> Run:
+        out, residual = normal(seed, m, d.hidden), normal(seed + 2, m, d.hidden)
+        w, gain = normal(seed + 1, d.experts, d.hidden), torch.ones(d.hidden, device="cuda")
+        x = PreNorm(out, residual, gain, 1e-6)
+        return lambda pdl: norm_router_gemm(x, w, pdl)
+
     def select(seed: int) -> Run:
         logits = normal(seed, m, d.experts, dtype=torch.float32)
         bias = normal(seed + 1, d.experts, dtype=torch.float32) * 0.1
@@ -189,6 +198,8 @@ def experts(d: Dims, m: int) -> Iterator[Case]:
     gemm_cost = router_gemm_cost(m, d.hidden, d.experts)
     select_cost = grouped_topk_cost(m, d.experts, d.top_k)
     yield Case("router_gemm", f"M={m}", gemm_cost, gemm)
+    norm_cost = norm_router_gemm_cost(m, d.hidden, d.experts)
+    yield Case("norm_router_gemm", f"M={m}", norm_cost, norm_gemm)
     yield Case("grouped_topk", f"M={m}", select_cost, select)
     sums = (gemm_cost[0] + select_cost[0], gemm_cost[1] + select_cost[1])
     yield Case("router + top-8", f"M={m}", sums, both)

@@ -28,8 +28,9 @@ from minidsv.kernels.pdl import PdlMode
 from minidsv.kernels.ran import nearest, row_of
 from minidsv.kernels.specs import SPECS
 from minidsv.kv_cache import KVCache
-from minidsv.layers import Operators
+from minidsv.layers import LayerWeights, Operators
 from minidsv.model import DeepseekV32
+from minidsv.moe import MoE
 from minidsv.tensor_table import tensor_table
 from minidsv.warmup import warm_up_steps
 
@@ -188,3 +189,33 @@ def test_launches_of_an_attention(
             launches.names.clear()
             attention(x, step, rope, slots, slots if seq_len == 2048 else None)
             assert len(launches.names) == count, launches.names
+
+
+EXPERTS_OF_FEW = ["grouped_topk_kernel", "few_gate_up_kernel", "few_down_kernel"]
+EXPERTS_OF_MANY = [
+    "grouped_topk_kernel", "prepare_kernel", "gate_up_kernel", "down_kernel", "combine_kernel",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("weights", ["fp8", "bf16"])
+@pytest.mark.parametrize(
+    ("tokens", "names"),
+    [
+        (1, ["norm_router_gemv_kernel", *EXPERTS_OF_FEW]),
+        (8, ["norm_router_gemv_kernel", *EXPERTS_OF_FEW]),
+        (9, ["norm_router_gemv_kernel", *EXPERTS_OF_MANY]),
+        (64, ["norm_router_gemm_kernel", *EXPERTS_OF_MANY]),
+        (65, ["add_rms_norm_kernel", "router_gemm_kernel", *EXPERTS_OF_MANY]),
+    ],
+)
+def test_launches_of_a_moe_block(
+    tokens: int, names: list[str], weights: str, launches: Launches
+) -> None:
+    """Four for few tokens: norm and router, selection, gate_up, down."""
+    config = model_config("deepseek_v32")
+    block = MoE(config, LayerWeights(meta_weights(config, weights == "fp8"), 1), "off")
+    x = torch.empty((2, tokens, config.hidden_size), dtype=torch.bfloat16, device=META)
+    gain = torch.empty(config.hidden_size, device=META)
+    out, residual = block(PreNorm(x[0], x[1], gain, 1e-6))
+    assert out.shape == residual.shape == x[0].shape
+    assert launches.names == names

@@ -8,8 +8,15 @@ import torch
 from torch import Tensor
 
 from compare import assert_close
+from minidsv.kernels.norm import PreNorm, add_rms_norm_ref, rms_norm_ref
 from minidsv.kernels.pdl import is_interpreted
-from minidsv.kernels.router import grouped_topk, grouped_topk_ref, router_gemm, router_gemm_ref
+from minidsv.kernels.router import (
+    grouped_topk,
+    grouped_topk_ref,
+    norm_router_gemm,
+    router_gemm,
+    router_gemm_ref,
+)
 
 pytestmark = [] if is_interpreted() else [pytest.mark.gpu]
 DEVICE = "cpu" if is_interpreted() else "cuda"
@@ -20,6 +27,10 @@ if not is_interpreted():
     GEMMS = [(0, 7168, 256), (1, 7168, 256), (8, 7168, 256), (16, 7168, 256), (17, 7168, 256),
              (300, 7168, 256), (1, 2048, 64), (3, 6144, 256), (13, 256, 8), (1000, 2048, 64),
              (2, 264, 100), (70, 264, 100), (8192, 7168, 256)]  # fmt: skip
+NORMS = [(0, 64, 8), (1, 96, 8), (5, 400, 7), (18, 72, 40), (65, 64, 8)]
+if not is_interpreted():
+    NORMS += [(t, h, e) for t in (1, 3, 8, 16, 17, 64) for h, e in ((7168, 256), (2048, 64))]
+    NORMS += [(4, 6144, 256), (33, 6144, 256), (64, 256, 8), (20, 1000, 30)]
 SELECTIONS = [
     (256, 8, 8, 4),
     (256, 8, 1, 1),
@@ -48,6 +59,29 @@ def test_router_gemm(tokens: int, hidden: int, experts: int) -> None:
         for got in results:
             assert_close("logits", got, want, tol)
             assert torch.equal(got, results[0])
+
+
+@pytest.mark.parametrize(("tokens", "hidden", "experts"), NORMS)
+@pytest.mark.parametrize("first", [True, False])
+def test_norm_router_gemm(tokens: int, hidden: int, experts: int, first: bool) -> None:
+    """Logits are of the norm in fp32; without a block before there is nothing to add."""
+    whole = torch.full((2, tokens + 3, hidden), float("nan"), dtype=DTYPE)
+    whole[:, :tokens] = randn(2, tokens, hidden).to(DTYPE)
+    out, residual = whole.to(DEVICE)[:, :tokens]
+    gain = (1 + randn(hidden, seed=2) / 4).to(DEVICE)
+    weight = (randn(experts, hidden, seed=1) * hidden**-0.5).to(DTYPE).to(DEVICE)
+    x = PreNorm(None if first else out, residual, gain, 1e-6)
+    results = [norm_router_gemm(x, weight, mode) for mode in MODES]
+    total = residual if first else out.float() + residual.float()
+    want = router_gemm_ref(rms_norm_ref(total.float(), gain, 1e-6), weight)
+    normed = rms_norm_ref(residual, gain, 1e-6)
+    if not first:
+        normed, total = add_rms_norm_ref(out, residual, gain, 1e-6)
+    for got in results:
+        assert_close("logits", got[0], want, "fp32_logits" if is_interpreted() else "bf16")
+        assert_close("normed", got[1], normed, "fp32" if is_interpreted() else "bf16")
+        assert_close("residual", got[2], total, "exact")
+        assert all(map(torch.equal, got, results[0]))
 
 
 def select(logits: Tensor, bias: Tensor, sizes: tuple[int, ...], norm: bool) -> list[Tensor]:
