@@ -119,9 +119,7 @@ def _sizes(tile: Tile, c: int) -> dict[str, int]:
 def _splits_rows() -> tuple[Row, ...]:
     arguments: dict[str, str | int | float] = dict.fromkeys(("partial", "out"), "*bf16:16")
     arguments |= {"lse": "*fp32:16", "heads": "i32", "splits": "i32"}
-    return tuple(
-        Row(arguments | {"SPLIT": s, "C": c}) for s, c in itertools.product(SPLITS[1:], WIDTHS)
-    )
+    return tuple(Row(arguments | {"SPLIT": SPLITS[-1], "C": c}) for c in WIDTHS)
 
 
 def _values_rows() -> tuple[Row, ...]:
@@ -146,7 +144,7 @@ def combine(partial: Tensor, lse: Tensor, mode: PdlMode) -> Tensor:
     tokens, splits, heads, c = partial.shape
     out = torch.empty(tokens, heads, c, dtype=partial.dtype, device=partial.device)
     args: dict[str, Any] = {"partial": partial, "lse": lse, "out": out, "heads": heads}
-    args |= {"splits": splits, "SPLIT": splits, "C": c}
+    args |= {"splits": splits, "SPLIT": SPLITS[-1], "C": c}
     COMBINE.launch((heads, tokens), mode, args)
     return out
 

@@ -124,6 +124,8 @@ def _narrow_kernel(
     norm = (update, total, gain, added)
     if PDL == "prefetch":
         draw(w, tl.where(main, row, 0), tl.where(main, n, 1), k_size, BLOCK_N, KS * 256)
+        if NORM:
+            draw(gain, 0, 1, k_size, 1, KS * 512)
     pdl_begin(PDL)
     if main:
         y = _narrow(

@@ -9,6 +9,7 @@ up in fp32. The first tile is loaded before the wait.
 import triton
 import triton.language as tl
 
+from minidsv.kernels.gemm_triton import draw
 from minidsv.kernels.launch import KernelSpec, pdl_begin, pdl_end
 from minidsv.kernels.segments_triton import (
     WEIGHTS,
@@ -84,6 +85,8 @@ def _gemv_kernel(
     readable = tl.where(main, n, 0)  # nothing is read for a program of the other type
     norm = (update, total, gain, added)
     if PDL == "prefetch":
+        if NORM:
+            draw(gain, 0, 1, k_size, 1, BLOCK_K * 4)
         tile = _weights(w, row, readable, k_size, 0, BLOCK_N, BLOCK_K)
         if MIXED:
             w_other = select(slot, w0, w1, w2, w3, w3)

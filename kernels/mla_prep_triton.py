@@ -123,9 +123,9 @@ def _rows(outputs: dict[str, str], fp8: bool = False, **more: str | int | float)
     arguments |= dict.fromkeys(("gain", "cos", "sin"), "*fp32:16")
     arguments |= dict.fromkeys(("latent_stride", "pe_stride"), "i32:16") | {"eps": "fp32"} | more
     rows = []
-    for (c, r), loc in ((d, t) for d in DIMS for t in ("i64", "i32")):
+    for c, r in DIMS:
         width = fp8_row_bytes(c, r) if fp8 else c + r
-        slot = {"loc": f"*{loc}:16", "slot_stride": "i32" if width % 16 else "i32:16"}
+        slot = {"loc": "*i64:16", "slot_stride": "i32" if width % 16 else "i32:16"}
         rows += [
             Row(arguments | slot | _sizes(c, r), tile.num_warps)
             for tile in TABLES["norm_rope_set_mla_kv_buffer"]

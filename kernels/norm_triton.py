@@ -91,7 +91,7 @@ def _rows(op: str, pointers: dict[str, str], *strides: str) -> tuple[Row, ...]:
     )
 
 
-_ADD = {"residual": "bf16", "weight": "fp32", "out": "bf16", "total": "bf16"}
+_ADD = {"x": "bf16", "residual": "bf16", "weight": "fp32", "out": "bf16", "total": "bf16"}
 RMS_NORM = KernelSpec(
     _rms_norm_kernel,
     _rows("rms_norm", {"x": "bf16", "weight": "fp32", "out": "bf16"}, "x_stride"),
@@ -99,11 +99,7 @@ RMS_NORM = KernelSpec(
 )
 ADD_RMS_NORM = KernelSpec(
     _add_rms_norm_kernel,
-    tuple(
-        row
-        for x in ("bf16", "fp32")
-        for row in _rows("add_rms_norm", {"x": x, **_ADD}, "x_stride", "residual_stride")
-    ),
+    _rows("add_rms_norm", _ADD, "x_stride", "residual_stride"),
     frozenset({"weight"}),
 )
 LAYER_NORM = KernelSpec(

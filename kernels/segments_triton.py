@@ -95,13 +95,13 @@ def operand(x, norm, at, rows, k, end, turn, NORM: tl.constexpr):
     squares = 0.0
     if NORM:
         update, total, gain, added = norm
-        mine = (turn % tl.num_programs(0) == tl.program_id(0)).to(tl.int32)
         wide = values.to(tl.float32)
         wide += tl.load(update + at, mask=rows & (k < end * added), other=0.0).to(tl.float32)
-        values = wide * tl.load(gain + at, mask=k < end, other=0.0)
-        squares = wide * wide
+        mine = (turn % tl.num_programs(0) == tl.program_id(0)).to(tl.int32)
         stored = rows & (k < end * added * mine)
         tl.store(total + at, wide.to(total.dtype.element_ty), mask=stored)
+        squares = wide * wide
+        values = wide * tl.load(gain + at, mask=k < end, other=0.0)
     return values, squares
 
 

@@ -114,9 +114,9 @@ def _fp8_row_kernel(
 _STRIDES = ("nope_stride", "nope_step", "rope_stride", "rope_step")
 ALIGNED: dict[str, str | int] = dict(zip(_STRIDES, ("i32:16", 1, "i32:16", 1), strict=True))
 ANY: dict[str, str | int] = dict.fromkeys(_STRIDES, "i32")
-VARIANTS = (("*i64:16", ALIGNED, ":16"), ("*i32:16", ALIGNED, ":16"), ("*i64", ANY, ""))
+VARIANTS = ((":16", ALIGNED), ("", ANY))
 KEYS = ("bf16", "fp32")
-COPIES = (*itertools.product(KEYS, KEYS), ("u8", "u8"))  # buffer, keys
+COPIES = (("bf16", "bf16"), ("bf16", "fp32"), ("u8", "u8"))  # buffer, keys
 FP8_FIELDS = {"latent": "fp8e4nv", "scales": "fp32", "rope_out": "bf16"}
 DIMS = ((512, 64), (128, 64))  # C and r: DeepSeek-V3.2 and GLM-5; the bundled model
 
@@ -136,11 +136,11 @@ def _rows(
     """
     rows = []
     for (outputs, keys), (c, r), variant in itertools.product(types, DIMS, VARIANTS):
-        loc, strides, align = variant
+        align, strides = variant
         arguments: dict[str, str | int | float] = {n: f"*{t}:16" for n, t in outputs.items()}
         arguments["slot_stride"] = "i32" if row_size(c, r) % 16 else "i32:16"
         arguments |= dict.fromkeys(("k_nope", "k_rope"), f"*{keys}{align}")
-        arguments |= {"loc": loc, **strides, **_sizes(c, r), **more}
+        arguments |= {"loc": f"*i64{align}", **strides, **_sizes(c, r), **more}
         rows += [Row(arguments, tile.num_warps) for tile in TABLES["set_mla_kv_buffer"]]
     return tuple(rows)
 

@@ -21,7 +21,7 @@ NORM_TILES: dict[str, tuple[Tile, ...]] = {
 }
 
 TABLES: dict[str, tuple[Tile, ...]] = {
-    "apply_rope": (Tile(block_m=1, num_warps=1), Tile(block_m=16, num_warps=4)),
+    "apply_rope": (Tile(block_m=16, num_warps=4),),
     "rope_cos_sin": (Tile(block_m=4, num_warps=4),),
     "quantize_groups": (Tile(block_m=4, num_warps=2), Tile(block_m=16, num_warps=4)),
     "rope_quantize": (Tile(block_m=4, num_warps=4), Tile(block_m=16, num_warps=4)),
