@@ -1,10 +1,23 @@
-"""What the Triton kernels of the MLPs share: the weights of a launch, drawn into the L2 early."""
+"""What the Triton kernels of the MLPs share: SwiGLU, weights drawn into the L2 early, arguments."""
 
 from dataclasses import dataclass
 
 import triton
 import triton.language as tl
 from torch import Tensor
+
+
+@triton.jit
+def as_held(x, like):
+    """x rounded to the type of `like`'s memory, in fp32."""
+    return x.to(like.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def swiglu(gate, up, like):
+    """silu(gate) * up in fp32, of linears' sums, which are rounded first."""
+    gate, up = as_held(gate, like), as_held(up, like)
+    return gate / (1.0 + tl.exp(-gate)) * up
 
 
 @triton.jit

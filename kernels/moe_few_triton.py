@@ -21,9 +21,11 @@ from minidsv.kernels.launch import KernelSpec, Row, pdl_begin, pdl_end
 from minidsv.kernels.launch_config import launch_config
 from minidsv.kernels.mlp_triton import (
     Weights,
+    as_held,
     down_arguments,
     gate_up_arguments,
     prefetch,
+    swiglu,
     weight_types,
 )
 from minidsv.kernels.pdl import PdlMode
@@ -40,12 +42,6 @@ def _multiply(total, w, x, scale):
     else:
         total = tl.dot(tl.permute(w, (1, 0, 2)), x, total, input_precision="ieee")
     return total
-
-
-@triton.jit
-def _wide(x, like):
-    """x as `like`'s memory holds it, in fp32."""
-    return x.to(like.dtype.element_ty).to(tl.float32)
 
 
 @triton.jit
@@ -132,8 +128,7 @@ def _few_gate_up_kernel(
             gate = _multiply(gate, gate_tile, values, gate_s)
             up = _multiply(up, up_tile, values, up_s)
             gate_s, up_s = next_gate_s, next_up_s
-        g, u = _wide(tl.sum(gate, 0), h), _wide(tl.sum(up, 0), h)  # [ROWS, BT]
-        value = tl.trans(g / (1.0 + tl.exp(-g)) * u).to(h.dtype.element_ty)
+        value = tl.trans(swiglu(tl.sum(gate, 0), tl.sum(up, 0), h)).to(h.dtype.element_ty)
         column = block * ROWS + tl.arange(0, ROWS)
         lines = tl.where(shared, shared_h, h + tile.to(tl.int64) * BT * inner)
         mask = mine[:, None] & (column < width)[None, :]
@@ -237,9 +232,9 @@ def _few_down_kernel(
             if shared:
                 shared_total = sums
             else:
-                total += _shares(_wide(sums, out), entries, shares, done, count)
+                total += _shares(as_held(sums, out), entries, shares, done, count)
             sums = tl.zeros((KS, ROWS, BT), tl.float32)
-    y = tl.trans(tl.sum(total, 0) + _wide(tl.sum(shared_total, 0), out))
+    y = tl.trans(tl.sum(total, 0) + as_held(tl.sum(shared_total, 0), out))
     column = first + tl.arange(0, ROWS)
     inside = (t < tokens)[:, None] & (column < hidden)[None, :]
     tl.store(out + t[:, None] * hidden + column[None, :], y.to(out.dtype.element_ty), mask=inside)

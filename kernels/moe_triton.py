@@ -24,6 +24,7 @@ from minidsv.kernels.mlp_triton import (
     down_arguments,
     gate_up_arguments,
     prefetch,
+    swiglu,
     weight_types,
 )
 from minidsv.kernels.moe_few_triton import few
@@ -31,12 +32,6 @@ from minidsv.kernels.moe_plan_triton import combine, max_tiles, prepare
 from minidsv.kernels.pdl import PdlMode
 from minidsv.kernels.tile import Tile
 from minidsv.kernels.tiles_moe import FEW_TOKENS, MLP_TILES
-
-
-@triton.jit
-def _rounded(x, BF16: tl.constexpr):
-    """fp32 values as the activations' dtype holds them."""
-    return x.to(tl.bfloat16).to(tl.float32) if BF16 else x
 
 
 @triton.jit
@@ -99,7 +94,7 @@ def _share(
 def _gate_up_kernel(
     x, h, shared_h, plan, order, weight, scale, shared_weight, shared_scale,
     tokens, top_k, hidden, inner, shared_inner, shared_programs,
-    BF16: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, BT: tl.constexpr,
+    EVEN: tl.constexpr, ROWS: tl.constexpr, BT: tl.constexpr,
     BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     half: tl.constexpr = ROWS // 2  # of gate, and as many of up
@@ -133,8 +128,7 @@ def _gate_up_kernel(
             gate_scale, gate_scale + blocks, hidden, ROWS, BT, BK, EVEN,
         )  # fmt: skip
         gate, up = tl.split(tl.permute(tl.reshape(acc, (2, half, BT)), (2, 1, 0)))  # [BT, half]
-        gate, up = _rounded(gate, BF16), _rounded(up, BF16)
-        value = _rounded(gate / (1.0 + tl.exp(-gate)) * up, BF16)
+        value = swiglu(gate, up, h)
         column = block * half + c
         tl.store(
             tl.where(is_shared, shared_h, h) + at.to(tl.int64)[:, None] * width + column[None, :],
@@ -206,7 +200,7 @@ def _sizes(tile: Tile) -> dict[str, int]:
 
 GATE_UP = KernelSpec(
     _gate_up_kernel,
-    _rows(x="*bf16:16", top_k="i32", BF16=1),
+    _rows(x="*bf16:16", top_k="i32"),
     frozenset(("shared_weight",)),
     fp_fusion=True,
 )
@@ -269,7 +263,7 @@ def _many(
     half = tile.block_n // 2
     programs = cdiv(shared_inner, half) * token_tiles
     args = common | gate_up_arguments(routed, shared)
-    args |= {"x": x, "top_k": top_k, "BF16": int(x.dtype == torch.bfloat16)}
+    args |= {"x": x, "top_k": top_k}
     args |= {"shared_programs": programs, "EVEN": int(hidden % tile.block_k == 0)}
     GATE_UP.launch((programs + cdiv(routed.inner, half) * tiles,), mode, args, *options)
     programs = cdiv(hidden, tile.block_n) * token_tiles

@@ -60,7 +60,10 @@ def norm_router_gemm(
         normed, residual = pre_norm(x, pdl)
         return router_gemm(normed, weight, pdl=pdl), normed, residual
     assert x.out.shape == x.residual.shape, f"{tuple(x.out.shape)=}, {tuple(x.residual.shape)=}"
-    assert x.residual.shape[1] == weight.shape[1], f"{tuple(x.residual.shape)=}, {weight.shape=}"
+    assert x.residual.shape[1] == weight.shape[1], (
+        f"{tuple(x.residual.shape)=}, {tuple(weight.shape)=}"
+    )
+    assert x.gain.shape == weight.shape[1:], f"{tuple(x.gain.shape)=}, {tuple(weight.shape)=}"
     from minidsv.kernels.router_gemm_triton import norm_multiply
 
     return norm_multiply(x, weight, mode)
