@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from minidsv.kernels.tile import Rule, Tile
 
 FEW_ROWS = 4096  # fewer than these make too few programs in the tiles for many
-NORMED_TOKENS = 8  # each program would read the residual of more tokens, and the update, from L2
+NORMED_TOKENS = 1  # each program would read the residual of more tokens, and the update, from L2
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Captured decode steps on a GPU: bit for bit what runs without the graph, and never waiting."""
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -29,9 +30,15 @@ def hopper() -> None:
         pytest.skip("needs SM 9.0")
 
 
-@pytest.fixture(scope="module")
-def llm() -> LLM:
+@cache
+def shared_llm() -> LLM:
     return LLM(**OPTIONS)
+
+
+@pytest.fixture
+def llm() -> LLM:
+    """One for all; made inside a test, where the device can be seen."""
+    return shared_llm()
 
 
 def graphs_of(llm: LLM) -> DecodeGraphs:
