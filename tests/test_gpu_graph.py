@@ -100,14 +100,16 @@ def test_a_decode_step_is_launched_without_waiting(llm: LLM) -> None:
             engine.step()
 
 
-def test_nothing_compiles_in_a_request(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any, **__: Any) -> None:
-        pytest.fail("a kernel is compiled")
+def test_nothing_compiles_in_a_request(llm: LLM) -> None:
+    """Lengths that no warm-up step has had; Triton keeps what it compiled by specialisation."""
 
-    for spec in SPECS:
-        monkeypatch.setattr(spec.kernel, "compile", refuse)
+    def compiled() -> int:
+        return sum(len(c[0]) for spec in SPECS for c in spec.kernel.device_caches.values())
+
+    before = compiled()
     prompts = [prompt(n, seed=n) for n in (1, 2, 5, 33, 129, 400, 700, 1500)]
     llm.generate(prompts, SamplingParams(max_tokens=20, ignore_eos=True))
+    assert compiled() == before > 0
 
 
 def test_padding_touches_nothing_live(llm: LLM) -> None:

@@ -100,15 +100,15 @@ def test_against_the_operators(dims, kv: str, index: str, interleaved: bool, par
         tol = "fp32_logits" if torch.float32 == DTYPE else "bf16"
         names = ("q_latent", "q_pe", "index q", "weights")[: len(expected) - 2]
         for name, got, wanted in zip(names, results[0], expected, strict=False):
-            coarse = "fp8_weight" if got.dtype == torch.float8_e4m3fn else tol
+            coarse = "fp8_step" if got.dtype == torch.float8_e4m3fn else tol
             assert_close(f"{name} of {tokens}", got.float(), wanted.float(), coarse)
         rows, keys = layer.written()
         want_rows, want_keys = want.written()
-        assert_close("rows", rows, want_rows, "fp8_weight" if kv == "fp8" else tol)
+        assert_close("rows", rows, want_rows, "fp8_step" if kv == "fp8" else tol)
         if part == "neither":
             assert torch.equal(layer.index.view(torch.uint8), want.index.view(torch.uint8))
         else:
-            assert_close("keys", keys, want_keys, "fp8_weight" if index == "fp8" else tol)
+            assert_close("keys", keys, want_keys, "fp8_step" if index == "fp8" else tol)
         others = torch.ones(PAGES * PAGE, dtype=torch.bool, device=DEVICE)
         others[layer.loc] = False
         untouched = layer.kv.view(torch.uint8)[others] == want.kv.view(torch.uint8)[others]
