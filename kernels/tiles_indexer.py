@@ -2,8 +2,9 @@
 
 index_logits   dims (requests, max_seq_len, heads): block_m rows, block_n keys a program,
                `split` programs a row that take the blocks in turn
-thin_topk      dims (columns, k): block_n scores a chunk, of which k are kept
-select_topk    dims (columns, k): block_n >= both, the whole of a row
+select_topk    dims (columns, k): block_n >= both, the whole of a row, or CHUNK
+sift_topk      dims (columns, k): block_n scores a program, block_k in the row's sample
+settle_topk    dims (columns, k): block_n scores in the end, of up to block_k sifting programs
 all_slots      dims (): block_n positions a program
 """
 
@@ -13,7 +14,24 @@ from minidsv.kernels.tile import Rule, Tile
 
 SMS = 132
 SELECT_WARPS = {1024: 4, 2048: 4, 4096: 8, 8192: 16}  # by scores in registers
-CHUNK = 8192  # a longer row is thinned, so many scores a program
+CHUNK = 8192  # a longer row takes two launches
+LONG_ROWS = (  # columns up to which, sift_topk, settle_topk
+    (
+        32_768,
+        Tile(block_n=1024, block_k=4096, num_warps=8),
+        Tile(block_n=4096, block_k=32, num_warps=8),
+    ),
+    (
+        131_072,
+        Tile(block_n=2048, block_k=4096, num_warps=8),
+        Tile(block_n=8192, block_k=64, num_warps=16),
+    ),
+    (
+        1 << 20,
+        Tile(block_n=8192, block_k=16384, num_warps=16),
+        Tile(block_n=8192, block_k=128, num_warps=16),
+    ),
+)
 ALL_SLOTS_TILE = Tile(block_n=1024)
 
 ONE = Tile(1, 64, num_warps=4, num_stages=3)
@@ -32,13 +50,25 @@ def index_logits(m: int, dims: tuple[int, ...]) -> Tile:
     return replace(tile, split=-(-blocks // max(1, share)))
 
 
-def thin_topk(m: int, dims: tuple[int, ...]) -> Tile:
-    return Tile(block_n=CHUNK, num_warps=SELECT_WARPS[CHUNK])
-
-
 def select_topk(m: int, dims: tuple[int, ...]) -> Tile:
-    block = min(b for b in SELECT_WARPS if b >= max(dims))
+    block = min((b for b in SELECT_WARPS if b >= max(dims)), default=CHUNK)
     return Tile(block_n=block, num_warps=SELECT_WARPS[block])
+
+
+def _long_row(dims: tuple[int, ...]) -> tuple[Tile, Tile]:
+    columns, k = dims
+    for longest, sift, settle in LONG_ROWS:
+        if columns <= longest and 3 * k <= 2 * settle.block_n:
+            return sift, settle
+    raise ValueError(f"top {k} of {columns} scores: want at most 1048576, k at most 5461")
+
+
+def sift_topk(m: int, dims: tuple[int, ...]) -> Tile:
+    return _long_row(dims)[0]
+
+
+def settle_topk(m: int, dims: tuple[int, ...]) -> Tile:
+    return _long_row(dims)[1]
 
 
 def all_slots(m: int, dims: tuple[int, ...]) -> Tile:
@@ -47,7 +77,8 @@ def all_slots(m: int, dims: tuple[int, ...]) -> Tile:
 
 TILES: dict[str, Rule] = {
     "index_logits": index_logits,
-    "thin_topk": thin_topk,
     "select_topk": select_topk,
+    "sift_topk": sift_topk,
+    "settle_topk": settle_topk,
     "all_slots": all_slots,
 }

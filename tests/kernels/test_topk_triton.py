@@ -51,10 +51,11 @@ def table_of(requests: int, pages: int) -> Tensor:
 
 
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks of 64 scores in the interpreter, where a thousand take seconds."""
+    """Up to 128 scores a program in the interpreter, where a thousand take seconds."""
     if is_interpreted():
-        monkeypatch.setitem(RULES, "select_topk", lambda m, dims: Tile(block_n=64))
-        monkeypatch.setitem(RULES, "thin_topk", lambda m, dims: Tile(block_n=64))
+        monkeypatch.setitem(RULES, "select_topk", lambda m, dims: Tile(block_n=128))
+        monkeypatch.setitem(RULES, "sift_topk", lambda m, dims: Tile(block_n=128, block_k=128))
+        monkeypatch.setitem(RULES, "settle_topk", lambda m, dims: Tile(block_n=128, block_k=4))
 
 
 def check(logits: Tensor, seq_lens: Tensor, k: int, table: Tensor, request_index: Tensor) -> None:

@@ -1,0 +1,249 @@
+"""Triton kernels under `select_topk` for rows of more scores than a program keeps in registers.
+
+Two launches. First each chunk's program finds, in the same sample of the row, a score that about
+`aim` > K of all are as good as, and writes those of its chunk, by position, padded to lines of
+LINE. Then one program a row gathers the lines and chooses exactly among them. Should there be fewer
+than K or more than it can hold (scores that repeat, or a sample that misleads), it goes through
+all scores instead: slowly, and exactly as well.
+"""
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from minidsv.kernels.constants import PAGE_SIZE
+from minidsv.kernels.launch import KernelSpec, Row, pdl_begin, pdl_end
+from minidsv.kernels.launch_config import launch_config
+from minidsv.kernels.pdl import PdlMode
+from minidsv.kernels.tile import Tile
+from minidsv.kernels.tiles_indexer import LONG_ROWS
+from minidsv.kernels.topk_search_triton import (
+    HIGHEST,
+    LOWEST,
+    bins,
+    choose,
+    descend_linear,
+    find_bin,
+    linear_map,
+    load_scores,
+    mapped,
+    order,
+    places,
+)
+
+LINE = 16  # scores of one chunk that lie together in front of the second launch
+RUN = tl.constexpr(8)  # neighbours in the sample: 32 bytes
+
+
+@triton.jit
+def _sifting_map(scores, n, aim, SAMPLE: tl.constexpr):
+    """Mean, scale and least integer of the scores worth keeping, from SAMPLE of n > SAMPLE."""
+    i = tl.arange(0, SAMPLE)
+    start = (i // RUN).to(tl.int64) * n // (SAMPLE // RUN)
+    where = start.to(tl.int32) // RUN * RUN + i % RUN
+    x = load_scores(scores, where, where < n, n)
+    mean, scale = linear_map(x, SAMPLE)
+    share = aim.to(tl.float32) * SAMPLE / n
+    least = tl.maximum((share * 0.95).to(tl.int32), 1)
+    slack = (share * 0.15).to(tl.int32)
+    top, shift, _ = descend_linear(mapped(x, mean, scale), SAMPLE, least, slack)
+    return mean, scale, top - (1 << shift) + 1
+
+
+@triton.jit(
+    do_not_specialize=["aim", "held"],
+    do_not_specialize_on_alignment=["scores", "kept", "kept_positions", "counts", "seq_lens"],
+)
+def _sift_kernel(
+    scores, kept, kept_positions, counts, seq_lens, aim, held, stride, stride_out, stride_counts,
+    CHUNK: tl.constexpr, SAMPLE: tl.constexpr, LINE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One chunk's scores that may be among the best, all of them in rows of up to `held`."""
+    row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    first = chunk * CHUNK
+    where = tl.arange(0, CHUNK)
+    pdl_begin(PDL)
+    n = tl.load(seq_lens + row).to(tl.int32)
+    if first < n:
+        scores += row * stride
+        x = load_scores(scores + first, where, first + where < n, n - first)
+        good = x == x
+        if n > held:
+            mean, scale, floor = _sifting_map(scores, n, aim, SAMPLE)
+            good = mapped(x, mean, scale) >= tl.maximum(floor, LOWEST + 1)
+        place = places(good, CHUNK)
+        out = row * stride_out + first
+        tl.store(kept + out + place, x, mask=good)
+        tl.store(kept_positions + out + place, first + where, mask=good)
+        count = tl.sum(tl.where(good, 1, 0), 0)
+        line = tl.arange(0, LINE)
+        rest = (LINE - count % LINE) % LINE
+        tl.store(kept + out + count + line, float("nan"), mask=line < rest)
+        tl.store(counts + row * stride_counts + chunk, count)
+    pdl_end(PDL)
+
+
+@triton.jit
+def _gathered(kept, kept_positions, counts, n,
+              BLOCK: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, LINE: tl.constexpr):  # fmt: skip
+    """Scores and positions in a row's lines, how many scores, how many lines."""
+    chunk = tl.arange(0, CHUNKS)
+    count = tl.load(counts + chunk, mask=chunk * CHUNK < n, other=0)
+    lines = (count + LINE - 1) // LINE
+    end = tl.cumsum(lines, 0)
+    line = tl.arange(0, BLOCK // LINE)
+    behind = tl.where(end[None, :] <= line[:, None], CHUNK // LINE - lines[None, :], 0)
+    total = tl.sum(lines, 0)
+    source = (line + tl.sum(behind, 1)) * LINE
+    where = source[:, None] + tl.arange(0, LINE)[None, :]
+    real = (line < total)[:, None] & (where >= 0)
+    x = tl.reshape(tl.load(kept + where, mask=real, other=float("nan")), (BLOCK,))
+    position = tl.reshape(tl.load(kept_positions + where, mask=real, other=0), (BLOCK,))
+    return x, position, tl.sum(count, 0), total
+
+
+@triton.jit
+def _threshold(scores, n, k, BLOCK: tl.constexpr):
+    """The k-th best of n > k scores in memory, ordered; how many of it are among the k best."""
+    top, shift, above = tl.full((), HIGHEST, tl.int32), tl.full((), 32, tl.int32), k * 0
+    while shift > 0:
+        shift = tl.maximum(shift - 5, 0)
+        counts = tl.zeros((32,), tl.int32)
+        for start in range(0, n, BLOCK):
+            where = start + tl.arange(0, BLOCK)
+            x = load_scores(scores, where, where < n, n)
+            u = tl.where(x == x, order(x), LOWEST)
+            counts += tl.histogram(bins(u, top, shift), 32)
+        bin, _ = find_bin(counts, k, 0)
+        more = tl.sum(tl.where(tl.arange(0, 32) < bin, counts, 0), 0)
+        above = tl.where(bin > 0, more, above)
+        top -= bin << shift
+    return top, k - above
+
+
+@triton.jit
+def _store(slots, place, table, position, mask, PAGE: tl.constexpr):
+    page = tl.load(table + position // PAGE, mask=mask, other=0).to(tl.int64) & 0xFFFFFFFF
+    tl.store(slots + place, page * PAGE + position % PAGE, mask=mask)
+
+
+@triton.jit
+def _go_through_all(slots, scores, table, n, k, BLOCK: tl.constexpr, PAGE: tl.constexpr):
+    """The slots of the k best of n > k scores in memory."""
+    kth, need = _threshold(scores, n, k, BLOCK)
+    done, equal = k * 0, k * 0
+    for start in range(0, n, BLOCK):
+        where = start + tl.arange(0, BLOCK)
+        x = load_scores(scores, where, where < n, n)
+        u = tl.where(x == x, order(x), LOWEST)
+        same = u == kth
+        chosen = (u > kth) | (same & (equal + places(same, BLOCK) < need))
+        _store(slots, done + places(chosen, BLOCK), table, where, chosen, PAGE)
+        done += tl.sum(tl.where(chosen, 1, 0), 0)
+        equal += tl.sum(tl.where(same, 1, 0), 0)
+
+
+@triton.jit(
+    do_not_specialize=["k", "pages"],
+    do_not_specialize_on_alignment=[
+        "scores", "kept", "kept_positions", "counts", "seq_lens", "block_table", "request_index"
+    ],
+)  # fmt: skip
+def _settle_kernel(
+    slots, scores, kept, kept_positions, counts, seq_lens, block_table, request_index,
+    k, stride, stride_out, stride_counts, pages,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, LINE: tl.constexpr,
+    PAGE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The slots of a row's k best, then -1."""
+    row = tl.program_id(0).to(tl.int64)
+    pdl_begin(PDL)
+    table = block_table + tl.load(request_index + row).to(tl.int64) * pages
+    n = tl.load(seq_lens + row).to(tl.int32)
+    slots += row * k
+    out, of_row = row * stride_out, row * stride_counts
+    x, position, kept_n, lines = _gathered(
+        kept + out, kept_positions + out, counts + of_row, n, BLOCK, CHUNK, CHUNKS, LINE
+    )
+    if (lines * LINE <= BLOCK) & (kept_n >= tl.minimum(n, k)):
+        page = tl.load(table + position // PAGE, mask=x == x, other=0).to(tl.uint32)
+        chosen, place = choose(x, kept_n, k, BLOCK)
+        tl.store(slots + place, page.to(tl.int64) * PAGE + position % PAGE, mask=chosen)
+    else:
+        _go_through_all(slots, scores + row * stride, table, n, k, BLOCK, PAGE)
+    for start in range(n, k, BLOCK):
+        where = start + tl.arange(0, BLOCK)
+        tl.store(slots + where, -1, mask=where < k)
+    pdl_end(PDL)
+
+
+_Arguments = dict[str, str | int | float]
+_KEPT: _Arguments = {
+    "scores": "*fp32", "kept": "*fp32", "kept_positions": "*i32", "counts": "*i32",
+    "seq_lens": "*i64", "stride": "i32:16", "stride_out": "i32:16", "stride_counts": "i32",
+    "LINE": LINE,
+}  # fmt: skip
+
+
+def _sift_row(tile: Tile) -> Row:
+    more: _Arguments = {"aim": "i32", "held": "i32", "CHUNK": tile.block_n, "SAMPLE": tile.block_k}
+    return Row(_KEPT | more, tile.num_warps)
+
+
+def _settle_row(sift: Tile, tile: Tile, table: str = "*i64") -> Row:
+    more: _Arguments = {
+        "slots": "*i64:16", "block_table": table, "request_index": "*i64", "k": "i32",
+        "pages": "i32", "BLOCK": tile.block_n, "CHUNK": sift.block_n, "CHUNKS": tile.block_k,
+        "PAGE": PAGE_SIZE,
+    }  # fmt: skip
+    return Row(_KEPT | more, tile.num_warps)
+
+
+SIFT = KernelSpec(_sift_kernel, tuple(_sift_row(sift) for _, sift, _ in LONG_ROWS))
+SETTLE = KernelSpec(
+    _settle_kernel,
+    (
+        *(_settle_row(sift, settle) for _, sift, settle in LONG_ROWS),
+        _settle_row(*LONG_ROWS[0][1:], table="*i32"),
+    ),
+)
+SPECS = (SIFT, SETTLE)
+
+
+def select_long(
+    logits: Tensor, k: int, tables: dict[str, Any], slots: Tensor, mode: PdlMode
+) -> None:
+    """The selection from rows of any length; `tables`: seq_lens, block_table and the like."""
+    rows, columns = logits.shape
+    sift = launch_config("sift_topk", rows, (columns, k))
+    settle = launch_config("settle_topk", rows, (columns, k))
+    chunks = -(-columns // sift.block_n)
+    room = settle.block_n - chunks * LINE // 2
+    assert chunks <= settle.block_k, f"{columns} scores a row, k {k}"
+    assert 5 * k <= 4 * room, f"k {k} is above {room * 4 // 5} for {columns} scores a row"
+    kept = logits.new_empty(rows, chunks * sift.block_n)
+    counts = torch.empty(rows, chunks, dtype=torch.int32, device=logits.device)
+    args = {
+        "scores": logits,
+        "kept": kept,
+        "kept_positions": torch.empty_like(kept, dtype=torch.int32),
+        "counts": counts,
+        "stride": logits.stride(0),
+        "stride_out": kept.stride(0),
+        "stride_counts": chunks,
+        "CHUNK": sift.block_n,
+        "LINE": LINE,
+    }
+    sizes = {
+        "seq_lens": tables["seq_lens"],
+        "aim": math.isqrt(k * room),
+        "held": settle.block_n,
+        "SAMPLE": sift.block_k,
+    }
+    SIFT.launch((rows, chunks), mode, args | sizes, sift.num_warps)
+    args |= tables | {"slots": slots, "k": k, "BLOCK": settle.block_n, "CHUNKS": settle.block_k}
+    SETTLE.launch((rows,), mode, args, settle.num_warps)
