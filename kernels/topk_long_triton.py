@@ -23,43 +23,43 @@ from minidsv.kernels.tile import Tile
 from minidsv.kernels.tiles_indexer import LONG_ROWS
 from minidsv.kernels.topk_search_triton import (
     HIGHEST,
-    LOWEST,
-    bins,
+    bins_of_bits,
+    bracket,
     choose,
-    descend_linear,
-    find_bin,
-    linear_map,
     load_scores,
-    mapped,
     order,
     places,
+    quantile,
+    scaled,
+    upto,
 )
 
 LINE = 16  # scores of one chunk that lie together in front of the second launch
+ABSENT = tl.constexpr(0x7FC00000)  # a NaN
 RUN = tl.constexpr(8)  # neighbours in the sample: 32 bytes
 
 
 @triton.jit
-def _sifting_map(scores, n, aim, SAMPLE: tl.constexpr):
-    """Mean, scale and least integer of the scores worth keeping, from SAMPLE of n > SAMPLE."""
+def _good(x, scores, n, aim, SAMPLE: tl.constexpr):
+    """Which of x are as good as about `aim` of a row's n > SAMPLE scores, by a sample of them."""
     i = tl.arange(0, SAMPLE)
     start = (i // RUN).to(tl.int64) * n // (SAMPLE // RUN)
     where = start.to(tl.int32) // RUN * RUN + i % RUN
-    x = load_scores(scores, where, where < n, n)
-    mean, scale = linear_map(x, SAMPLE)
+    sample = load_scores(scores, where, where < n, n)
     share = aim.to(tl.float32) * SAMPLE / n
     least = tl.maximum((share * 0.95).to(tl.int32), 1)
+    guess, deviation = quantile(sample, SAMPLE, least)
     slack = (share * 0.15).to(tl.int32)
-    top, shift, _ = descend_linear(mapped(x, mean, scale), SAMPLE, least, slack)
-    return mean, scale, top - (1 << shift) + 1
+    slope, start, end, _ = bracket(sample, guess, deviation, least, slack, SAMPLE)
+    return scaled(x, guess, slope, start) < end
 
 
 @triton.jit(
     do_not_specialize=["aim", "held"],
-    do_not_specialize_on_alignment=["scores", "kept", "kept_positions", "counts", "seq_lens"],
+    do_not_specialize_on_alignment=["scores", "kept", "counts", "seq_lens"],
 )
 def _sift_kernel(
-    scores, kept, kept_positions, counts, seq_lens, aim, held, stride, stride_out, stride_counts,
+    scores, kept, counts, seq_lens, aim, held, stride, stride_out, stride_counts,
     CHUNK: tl.constexpr, SAMPLE: tl.constexpr, LINE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One chunk's scores that may be among the best, all of them in rows of up to `held`."""
@@ -73,23 +73,24 @@ def _sift_kernel(
         x = load_scores(scores + first, where, first + where < n, n - first)
         good = x == x
         if n > held:
-            mean, scale, floor = _sifting_map(scores, n, aim, SAMPLE)
-            good = mapped(x, mean, scale) >= tl.maximum(floor, LOWEST + 1)
+            good = _good(x, scores, n, aim, SAMPLE)
         place = places(good, CHUNK)
         out = row * stride_out + first
-        tl.store(kept + out + place, x, mask=good)
-        tl.store(kept_positions + out + place, first + where, mask=good)
+        bits = x.to(tl.uint32, bitcast=True).to(tl.int64)
+        tl.store(kept + out + place, (first + where).to(tl.int64) << 32 | bits, mask=good)
         count = tl.sum(tl.where(good, 1, 0), 0)
         line = tl.arange(0, LINE)
         rest = (LINE - count % LINE) % LINE
-        tl.store(kept + out + count + line, float("nan"), mask=line < rest)
+        tl.store(kept + out + count + line, ABSENT, mask=line < rest)
         tl.store(counts + row * stride_counts + chunk, count)
     pdl_end(PDL)
 
 
 @triton.jit
-def _gathered(kept, kept_positions, counts, n,
-              BLOCK: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, LINE: tl.constexpr):  # fmt: skip
+def _gathered(
+    kept, counts, n,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, LINE: tl.constexpr,
+):  # fmt: skip
     """Scores and positions in a row's lines, how many scores, how many lines."""
     chunk = tl.arange(0, CHUNKS)
     count = tl.load(counts + chunk, mask=chunk * CHUNK < n, other=0)
@@ -101,9 +102,9 @@ def _gathered(kept, kept_positions, counts, n,
     source = (line + tl.sum(behind, 1)) * LINE
     where = source[:, None] + tl.arange(0, LINE)[None, :]
     real = (line < total)[:, None] & (where >= 0)
-    x = tl.reshape(tl.load(kept + where, mask=real, other=float("nan")), (BLOCK,))
-    position = tl.reshape(tl.load(kept_positions + where, mask=real, other=0), (BLOCK,))
-    return x, position, tl.sum(count, 0), total
+    both = tl.reshape(tl.load(kept + where, mask=real, other=ABSENT), (BLOCK,))
+    x = both.to(tl.uint32).to(tl.float32, bitcast=True)
+    return x, (both >> 32).to(tl.uint32), tl.sum(count, 0), total
 
 
 @triton.jit
@@ -111,24 +112,24 @@ def _threshold(scores, n, k, BLOCK: tl.constexpr):
     """The k-th best of n > k scores in memory, ordered; how many of it are among the k best."""
     top, shift, above = tl.full((), HIGHEST, tl.int32), tl.full((), 32, tl.int32), k * 0
     while shift > 0:
-        shift = tl.maximum(shift - 5, 0)
-        counts = tl.zeros((32,), tl.int32)
-        for start in range(0, n, BLOCK):
-            where = start + tl.arange(0, BLOCK)
-            x = load_scores(scores, where, where < n, n)
-            u = tl.where(x == x, order(x), LOWEST)
-            counts += tl.histogram(bins(u, top, shift), 32)
-        bin, _ = find_bin(counts, k, 0)
-        more = tl.sum(tl.where(tl.arange(0, 32) < bin, counts, 0), 0)
-        above = tl.where(bin > 0, more, above)
-        top -= bin << shift
+        shift -= 4
+        low, high = tl.zeros((8,), tl.int32), tl.zeros((8,), tl.int32)
+        for first in range(0, n, BLOCK):
+            where = first + tl.arange(0, BLOCK)
+            u = order(load_scores(scores, where, where < n, n))
+            counts = upto(bins_of_bits(u, top, shift), BLOCK)
+            low, high = low + (counts & 0xFFFF), high + (counts >> 16)
+        fewer = tl.where(low < k, 1, 0) + tl.where(high < k, 1, 0)
+        most = tl.maximum(tl.where(low < k, low, 0), tl.where(high < k, high, 0))
+        above = tl.maximum(above, tl.max(most, 0))
+        top -= tl.sum(fewer, 0) << shift
     return top, k - above
 
 
 @triton.jit
 def _store(slots, place, table, position, mask, PAGE: tl.constexpr):
-    page = tl.load(table + position // PAGE, mask=mask, other=0).to(tl.int64) & 0xFFFFFFFF
-    tl.store(slots + place, page * PAGE + position % PAGE, mask=mask)
+    page = tl.load(table + position // PAGE, mask=mask, other=0).to(tl.uint32)
+    tl.store(slots + place, page.to(tl.int64) * PAGE + position % PAGE, mask=mask)
 
 
 @triton.jit
@@ -138,8 +139,7 @@ def _go_through_all(slots, scores, table, n, k, BLOCK: tl.constexpr, PAGE: tl.co
     done, equal = k * 0, k * 0
     for start in range(0, n, BLOCK):
         where = start + tl.arange(0, BLOCK)
-        x = load_scores(scores, where, where < n, n)
-        u = tl.where(x == x, order(x), LOWEST)
+        u = order(load_scores(scores, where, where < n, n))
         same = u == kth
         chosen = (u > kth) | (same & (equal + places(same, BLOCK) < need))
         _store(slots, done + places(chosen, BLOCK), table, where, chosen, PAGE)
@@ -150,11 +150,11 @@ def _go_through_all(slots, scores, table, n, k, BLOCK: tl.constexpr, PAGE: tl.co
 @triton.jit(
     do_not_specialize=["k", "pages"],
     do_not_specialize_on_alignment=[
-        "scores", "kept", "kept_positions", "counts", "seq_lens", "block_table", "request_index"
+        "scores", "kept", "counts", "seq_lens", "block_table", "request_index"
     ],
 )  # fmt: skip
 def _settle_kernel(
-    slots, scores, kept, kept_positions, counts, seq_lens, block_table, request_index,
+    slots, scores, kept, counts, seq_lens, block_table, request_index,
     k, stride, stride_out, stride_counts, pages,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, LINE: tl.constexpr,
     PAGE: tl.constexpr, PDL: tl.constexpr,
@@ -167,12 +167,11 @@ def _settle_kernel(
     slots += row * k
     out, of_row = row * stride_out, row * stride_counts
     x, position, kept_n, lines = _gathered(
-        kept + out, kept_positions + out, counts + of_row, n, BLOCK, CHUNK, CHUNKS, LINE
+        kept + out, counts + of_row, n, BLOCK, CHUNK, CHUNKS, LINE
     )
     if (lines * LINE <= BLOCK) & (kept_n >= tl.minimum(n, k)):
-        page = tl.load(table + position // PAGE, mask=x == x, other=0).to(tl.uint32)
         chosen, place = choose(x, kept_n, k, BLOCK)
-        tl.store(slots + place, page.to(tl.int64) * PAGE + position % PAGE, mask=chosen)
+        _store(slots, place, table, position, chosen, PAGE)
     else:
         _go_through_all(slots, scores + row * stride, table, n, k, BLOCK, PAGE)
     for start in range(n, k, BLOCK):
@@ -183,7 +182,7 @@ def _settle_kernel(
 
 _Arguments = dict[str, str | int | float]
 _KEPT: _Arguments = {
-    "scores": "*fp32", "kept": "*fp32", "kept_positions": "*i32", "counts": "*i32",
+    "scores": "*fp32", "kept": "*i64", "counts": "*i32",
     "seq_lens": "*i64", "stride": "i32:16", "stride_out": "i32:16", "stride_counts": "i32",
     "LINE": LINE,
 }  # fmt: skip
@@ -225,12 +224,11 @@ def select_long(
     room = settle.block_n - chunks * LINE // 2
     assert chunks <= settle.block_k, f"{columns} scores a row, k {k}"
     assert 5 * k <= 4 * room, f"k {k} is above {room * 4 // 5} for {columns} scores a row"
-    kept = logits.new_empty(rows, chunks * sift.block_n)
+    kept = torch.empty(rows, chunks * sift.block_n, dtype=torch.int64, device=logits.device)
     counts = torch.empty(rows, chunks, dtype=torch.int32, device=logits.device)
     args = {
         "scores": logits,
         "kept": kept,
-        "kept_positions": torch.empty_like(kept, dtype=torch.int32),
         "counts": counts,
         "stride": logits.stride(0),
         "stride_out": kept.stride(0),

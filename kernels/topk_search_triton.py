@@ -1,35 +1,64 @@
 """Which of a tile of scores in registers are the K best: device functions of the selection.
 
-Absent scores are NaN. The rest is mapped onto integers in the same order: first linearly, 2**26 to
-a standard deviation, then, among those that this makes equal, by the bits of the number. A round
-counts a bracket of integers in 32 bins, by ballots, and goes on within the bin that holds the K-th
-best: two or three rounds for smooth scores, at most 13 for any. What is chosen depends on counts
-alone, so it is exact; among equal scores the first by position are taken.
+Absent scores are NaN. A round maps the scores linearly onto 16 bins, best first, counts how many
+lie in each bin and before, and goes on within the bin that holds the K-th best; where exactly K
+lie before a bin's end, those are the K best, whatever the map's rounding. About three rounds do for
+smooth scores. Where six do not, the scores about the K-th are equal or nearly so, and the bits of
+the numbers, which are in the same order, are searched instead, four a round. What is chosen depends
+on counts alone, so it is exact; among equal scores the first by position are taken.
 """
 
 import triton
 import triton.language as tl
 
-SIGMA = tl.constexpr(2.0**26)  # of the linear map
-LIMIT = tl.constexpr(2**30)  # what lies farther out is taken for equal at first
-FIRST_SHIFT = tl.constexpr(20)  # log2 of the first bins: 64 to a standard deviation
-FIRST_HALF = tl.constexpr(16 << 20)  # half of the first bracket
+MAGIC = tl.constexpr(2.0**23)  # floats from here to twice this are integers, in their lowest bits
+LAST = tl.constexpr(2.0**23 + 63)
+ONES = tl.constexpr(0x1111111111111111)
+EVEN = tl.constexpr(0x0F0F0F0F0F0F0F0F)
+HALVES = tl.constexpr(0x80008000 - 2**32)  # bit 15 of both halves of a word
 LOWEST = tl.constexpr(-(2**31))
 HIGHEST = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
 def load_scores(scores, where, mask, n):
-    """Scores of the first n positions, NaN as -inf, -0.0 as 0.0; NaN behind them."""
+    """Scores of the first n positions, NaN as -inf; NaN behind them."""
     x = tl.maximum(tl.load(scores + where, mask=mask, other=0.0), float("-inf"))
-    return tl.where(where < n, tl.where(x == 0.0, 0.0, x), float("nan"))
+    return tl.where(where < n, x, float("nan"))
 
 
 @triton.jit
 def order(x):
-    """fp32 without NaN -> int32 of the same order."""
-    bits = x.to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    """fp32 -> int32 of the same order, -0.0 as 0.0; LOWEST for NaN."""
+    bits = (x + 0.0).to(tl.int32, bitcast=True)
+    return tl.where(x == x, bits ^ ((bits >> 31) & 0x7FFFFFFF), LOWEST)
+
+
+@triton.jit
+def upto(bins4, BLOCK: tl.constexpr):
+    """How many of BLOCK bins4 (4 x 0..15) lie in each bin and before: [8], two counts a word.
+
+    The 16 counts share 64 bits, 4 each for 8 scores, then 8 each, then 16.
+    """
+    ones = tl.full((BLOCK,), ONES, tl.int64) << bins4.to(tl.int64)
+    eights = tl.sum(tl.reshape(ones, (2, 8, BLOCK // 16)), 1)
+    even, odd = tl.sum(eights & EVEN, 0)[None, :], tl.sum((eights >> 4) & EVEN, 0)[None, :]
+    word = tl.arange(0, 8)[:, None]
+    part = tl.where(word < 4, even, odd) >> (word % 2 * 8 + word // 2 % 2 * 32).to(tl.int64)
+    return tl.sum(part.to(tl.int32) & 0xFF00FF, 1)
+
+
+@triton.jit
+def find_bin(counts, k, slack):
+    """The first bin up to which there are k, and whether there are at most `slack` more.
+
+    Both halves of a word are compared at once: bit 15 of 2**15 + a - b says whether b <= a.
+    """
+    fewer = (HALVES + (k - 1) * 0x10001 - counts) >> 15 & 0x10001
+    enough = (HALVES + (k + slack) * 0x10001 - counts) >> 10 & 0x200020
+    code = tl.sum(fewer + enough, 0)
+    code = (code & 0xFFFF) + (code >> 16)
+    return code & 31, (code >> 5) > (code & 31)
 
 
 @triton.jit
@@ -38,70 +67,69 @@ def _add_pairs(a, b, c, d):
 
 
 @triton.jit
-def linear_map(x, n):
-    """Mean of the n scores in x, and integers to a unit: finite and positive, or 0."""
+def quantile(x, n, k):
+    """About the k-th best of n > k scores, were they logistic, and their deviation; finite."""
     seen = tl.where(tl.abs(x) < float("inf"), x, 0.0)
     first, second = tl.reduce((seen, seen * seen), 0, _add_pairs)
     mean = first / n
     variance = second / n - mean * mean
-    usable = (variance > 1e-30) & (variance < 1e30)
-    return mean, tl.where(usable, SIGMA / tl.sqrt(tl.where(usable, variance, 1.0)), 0.0)
+    usable = (variance > 1e-24) & (variance < 1e30)
+    deviation = tl.sqrt(tl.where(usable, variance, 1.0))
+    guess = mean + deviation * tl.log((n - k) / k.to(tl.float32)) / 1.702
+    return tl.where(tl.abs(guess) < 1e30, guess, 0.0), deviation
 
 
 @triton.jit
-def mapped(x, mean, scale):
-    """Integers of the order of x, several scores to one; LOWEST for the absent."""
-    centred = tl.minimum(tl.maximum(x - mean, -3e38), 3e38) * scale
-    units = tl.minimum(tl.maximum(centred, -1073741760.0), 1073741760.0)
-    return tl.where(x == x, tl.where(x == x, units, 0.0).to(tl.int32), LOWEST)
+def scaled(x, guess, slope, start):
+    """Where x lies on the bins: MAGIC + 4 x bin; NaN for the absent."""
+    return tl.fma(x - guess, -slope, start)
 
 
 @triton.jit
-def bins(u, top, shift):
-    """0 for u in (top - 2**shift, top] and above, 31 for the 32nd such interval and below."""
+def bracket(x, guess, deviation, k, slack, BLOCK: tl.constexpr):
+    """slope, start, end: `scaled(x, guess, slope, start) < end` for the k best of x, if found.
+
+    Begins about `guess`; up to `slack` more will do.
+    """
+    width = deviation / 32
+    top = width * 8
+    rounds, found, outside = k * 0, k * 0, k * 0 + 1
+    slope, start, end = 4 / width, MAGIC + 32.0, MAGIC + 0.0 * width
+    while (rounds < 6) & (found == 0):
+        slope = 4 / width
+        start = MAGIC + top * slope
+        place = tl.maximum(tl.minimum(scaled(x, guess, slope, start), LAST), MAGIC)
+        bin, hit = find_bin(upto(place.to(tl.int32, bitcast=True) & 60, BLOCK), k, slack)
+        found = hit.to(tl.int32)
+        end = tl.where(bin < 15, MAGIC + 4 * (bin + 1).to(tl.float32), float("inf"))
+        outside = tl.where((bin > 0) & (bin < 15), 0, outside)
+        bottom = top - (bin + 1).to(tl.float32) * width
+        if outside == 0:
+            top = bottom + width
+            width = width / 16
+        else:
+            top = tl.where(bin == 0, bottom + 64 * width, bottom + width)
+            width = width * 4
+        rounds += 1
+    return slope, start, end, found
+
+
+@triton.jit
+def bins_of_bits(u, top, shift):
+    """4 x bin of u: 0 for u in (top - 2**shift, top] and above, 60 for the 16th and below."""
     below = (top - tl.minimum(u, top)).to(tl.uint32) >> shift.to(tl.uint32)
-    return tl.minimum(below, 31).to(tl.int32)
+    return tl.minimum(below, 15).to(tl.int32) * 4
 
 
 @triton.jit
-def find_bin(counts, k, slack):
-    """The first bin up to which there are k, and whether there are at most `slack` more."""
-    upto = tl.cumsum(counts, 0)
-    code = tl.sum(tl.where(upto < k, 1, 0) + tl.where(upto <= k + slack, 64, 0), 0)
-    return code & 63, (code >> 6) > (code & 63)
-
-
-@triton.jit
-def _descend(u, k, slack, top, shift, done):
-    """Narrow (top - 2**shift, top], which holds the k-th best of u, to one number or until done."""
-    while (shift > 0) & (done == 0):
-        shift = tl.maximum(shift - 5, 0)
-        bin, hit = find_bin(tl.histogram(bins(u, top, shift), 32), k, slack)
-        top -= bin << shift
-        done = hit.to(tl.int32)
-    return top, shift, done
-
-
-@triton.jit
-def descend_linear(u, n, k, slack):
-    """Of n > k mapped scores: the bracket of the k-th best, and whether k (+ slack) begin at it."""
-    guess = tl.log((n - k) / k.to(tl.float32)) * SIGMA / 1.702  # were they logistic
-    top = guess.to(tl.int32) + FIRST_HALF
-    shift = tl.full((), FIRST_SHIFT, tl.int32)
-    bin, hit = find_bin(tl.histogram(bins(u, top, shift), 32), k, slack)
-    done = hit.to(tl.int32)
-    if ((bin == 0) | (bin == 31)) & (done == 0):
-        top, shift = tl.full((), LIMIT, tl.int32), tl.full((), 31, tl.int32)
-    else:
-        top -= bin << FIRST_SHIFT
-    return _descend(u, k, slack, top, shift, done)
-
-
-@triton.jit
-def descend_bits(u, k):
-    """The same for any integers below HIGHEST, k exactly."""
+def search_bits(u, k, BLOCK: tl.constexpr):
+    """The k-th best of integers below HIGHEST."""
     top, shift = tl.full((), HIGHEST, tl.int32), tl.full((), 32, tl.int32)
-    return _descend(u, k, 0, top, shift, tl.full((), 0, tl.int32))
+    while shift > 0:
+        shift -= 4
+        bin, _ = find_bin(upto(bins_of_bits(u, top, shift), BLOCK), k, 0)
+        top -= bin << shift
+    return top
 
 
 @triton.jit
@@ -113,35 +141,31 @@ def places(chosen, BLOCK: tl.constexpr):
     ones = tl.reshape(tl.where(chosen, 1, 0), (4, BLOCK // 4))
     quarter = tl.arange(0, 4)[:, None]
     lanes = tl.reshape(tl.sum(ones << (quarter * 8), 0), (BLOCK // 128, 32))
-    sums = tl.sum(lanes, 1).to(tl.uint32).to(tl.int64)
+    sums = tl.sum(lanes, 1).to(tl.int64)
     sums = (sums & 0xFF) | (sums & 0xFF00) << 8 | (sums & 0xFF0000) << 16 | (sums >> 24) << 48
     total = tl.sum(sums, 0)
-    starts = (total << 16) + (total << 32) + (total << 48)
-    before = tl.reshape(tl.cumsum(sums, 0) - sums + starts, (1, BLOCK // 128, 1))
-    within = tl.reshape(tl.cumsum(lanes, 1), (1, BLOCK // 128, 32))
+    before = tl.cumsum(sums, 0) - sums + (total << 16) + (total << 32) + (total << 48)
+    before = tl.reshape(before, (1, BLOCK // 128, 1))
     quarter = tl.reshape(quarter, (4, 1, 1))
-    place = ((before >> (quarter * 16)) & 0xFFFF).to(tl.int32) + ((within >> (quarter * 8)) & 0xFF)
-    return tl.reshape(place, (BLOCK,)) - tl.reshape(ones, (BLOCK,))
+    half = tl.where(quarter < 2, before.to(tl.int32), (before >> 32).to(tl.int32))
+    start = (half >> (quarter % 2 * 16)) & 0xFFFF
+    within = tl.reshape(tl.cumsum(lanes, 1) - lanes, (1, BLOCK // 128, 32))
+    return tl.reshape(start + ((within >> (quarter * 8)) & 0xFF), (BLOCK,))
 
 
 @triton.jit
 def choose(x, n, k, BLOCK: tl.constexpr):
     """Which of the n scores in x are the k best; their places."""
-    u = tl.where(x == x, 1, 0)
-    floor, ties = tl.full((), 1, tl.int32), tl.full((), LOWEST, tl.int32)
+    chosen = x == x
     if n > k:
-        mean, scale = linear_map(x, n)
-        u = mapped(x, mean, scale)
-        top, shift, done = descend_linear(u, n, k, 0)
-        if done == 0:
-            u = tl.where(u == top, order(x), tl.where(u > top, HIGHEST, LOWEST))
-            top, shift, done = descend_bits(u, k)
-        floor = top - (1 << shift) + 1
-        if done == 0:
-            floor, ties = top + 1, top
-    chosen = u >= floor
-    if ties != LOWEST:
-        equal = u == ties
-        need = k - tl.sum(tl.where(chosen, 1, 0), 0)
-        chosen |= equal & (places(equal, BLOCK) < need)
+        guess, deviation = quantile(x, n, k)
+        slope, start, end, found = bracket(x, guess, deviation, k, 0, BLOCK)
+        chosen = scaled(x, guess, slope, start) < end
+        if found == 0:
+            u = order(x)
+            kth = search_bits(u, k, BLOCK)
+            equal = u == kth
+            chosen = u > kth
+            need = k - tl.sum(tl.where(chosen, 1, 0), 0)
+            chosen |= equal & (places(equal, BLOCK) < need)
     return chosen, places(chosen, BLOCK)

@@ -17,7 +17,7 @@ from minidsv.kernels.constants import PAGE_SIZE
 from minidsv.kernels.launch import KernelSpec, Row, pdl_begin, pdl_end
 from minidsv.kernels.launch_config import launch_config
 from minidsv.kernels.pdl import PdlMode
-from minidsv.kernels.tiles_indexer import ALL_SLOTS_TILE, CHUNK, SELECT_WARPS
+from minidsv.kernels.tiles_indexer import ALL_SLOTS_TILE, SELECT_WARPS
 from minidsv.kernels.topk_long_triton import select_long
 from minidsv.kernels.topk_search_triton import choose, load_scores
 

@@ -128,11 +128,21 @@ def test_all_slots(width: int, dtype: torch.dtype) -> None:
 
 
 def test_every_tile_has_a_row() -> None:
+    from minidsv.kernels.topk_long_triton import SETTLE, SIFT
     from minidsv.kernels.topk_triton import SELECT
 
-    rows = {(row.arguments["BLOCK"], row.arguments["THINNED"]) for row in SELECT.rows}
-    for columns in (1, 1000, 4096, 8192):
-        for k in (64, 2048):
+    blocks = {row.arguments["BLOCK"] for row in SELECT.rows}
+    sifts = {(row.arguments["CHUNK"], row.arguments["SAMPLE"]) for row in SIFT.rows}
+    names = ("BLOCK", "CHUNK", "CHUNKS")
+    settles = {tuple(row.arguments[name] for name in names) for row in SETTLE.rows}
+    for k in (1, 64, 2048, 4096):
+        for columns in (1, 1000, 4096, 8192):
             tile = tiles_indexer.select_topk(1, (columns, k))
             assert tile.block_n >= max(columns, k)
-            assert {(tile.block_n, False), (tile.block_n, True)} <= rows
+            assert tile.block_n in blocks
+        for columns in (8193, 32_768, 40_000, 131_072, 131_073, 1 << 20):
+            sift = tiles_indexer.sift_topk(1, (columns, k))
+            settle = tiles_indexer.settle_topk(1, (columns, k))
+            assert (sift.block_n, sift.block_k) in sifts
+            assert (settle.block_n, sift.block_n, settle.block_k) in settles
+            assert sift.block_n * settle.block_k >= columns
