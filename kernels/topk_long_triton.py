@@ -55,11 +55,11 @@ def _good(x, scores, n, aim, SAMPLE: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["aim", "held"],
+    do_not_specialize=["aim", "held", "chunks"],
     do_not_specialize_on_alignment=["scores", "kept", "counts", "seq_lens"],
 )
 def _sift_kernel(
-    scores, kept, counts, seq_lens, aim, held, stride, stride_out, stride_counts,
+    scores, kept, counts, seq_lens, aim, held, stride, stride_out, chunks,
     CHUNK: tl.constexpr, SAMPLE: tl.constexpr, LINE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One chunk's scores that may be among the best, all of them in rows of up to `held`."""
@@ -68,6 +68,7 @@ def _sift_kernel(
     where = tl.arange(0, CHUNK)
     pdl_begin(PDL)
     n = tl.load(seq_lens + row).to(tl.int32)
+    count = n * 0
     if first < n:
         scores += row * stride
         x = load_scores(scores + first, where, first + where < n, n - first)
@@ -75,25 +76,24 @@ def _sift_kernel(
         if n > held:
             good = _good(x, scores, n, aim, SAMPLE)
         place = places(good, CHUNK)
-        out = row * stride_out + first
+        kept += row * stride_out + first
         bits = x.to(tl.uint32, bitcast=True).to(tl.int64)
-        tl.store(kept + out + place, (first + where).to(tl.int64) << 32 | bits, mask=good)
+        tl.store(kept + place, (first + where).to(tl.int64) << 32 | bits, mask=good)
         count = tl.sum(tl.where(good, 1, 0), 0)
         line = tl.arange(0, LINE)
-        rest = (LINE - count % LINE) % LINE
-        tl.store(kept + out + count + line, ABSENT, mask=line < rest)
-        tl.store(counts + row * stride_counts + chunk, count)
+        tl.store(kept + count + line, ABSENT, mask=line < (LINE - count % LINE) % LINE)
+    tl.store(counts + row * chunks + chunk, count)
     pdl_end(PDL)
 
 
 @triton.jit
 def _gathered(
-    kept, counts, n,
+    kept, counts, chunks,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, LINE: tl.constexpr,
 ):  # fmt: skip
     """Scores and positions in a row's lines, how many scores, how many lines."""
     chunk = tl.arange(0, CHUNKS)
-    count = tl.load(counts + chunk, mask=chunk * CHUNK < n, other=0)
+    count = tl.load(counts + chunk, mask=chunk < chunks, other=0)
     lines = (count + LINE - 1) // LINE
     end = tl.cumsum(lines, 0)
     line = tl.arange(0, BLOCK // LINE)
@@ -101,7 +101,7 @@ def _gathered(
     total = tl.sum(lines, 0)
     source = (line + tl.sum(behind, 1)) * LINE
     where = source[:, None] + tl.arange(0, LINE)[None, :]
-    real = (line < total)[:, None] & (where >= 0)
+    real = (line < total)[:, None]
     both = tl.reshape(tl.load(kept + where, mask=real, other=ABSENT), (BLOCK,))
     x = both.to(tl.uint32).to(tl.float32, bitcast=True)
     return x, (both >> 32).to(tl.uint32), tl.sum(count, 0), total
@@ -148,14 +148,14 @@ def _go_through_all(slots, scores, table, n, k, BLOCK: tl.constexpr, PAGE: tl.co
 
 
 @triton.jit(
-    do_not_specialize=["k", "pages"],
+    do_not_specialize=["k", "chunks", "pages"],
     do_not_specialize_on_alignment=[
         "scores", "kept", "counts", "seq_lens", "block_table", "request_index"
     ],
 )  # fmt: skip
 def _settle_kernel(
     slots, scores, kept, counts, seq_lens, block_table, request_index,
-    k, stride, stride_out, stride_counts, pages,
+    k, stride, stride_out, chunks, pages,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, LINE: tl.constexpr,
     PAGE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -165,9 +165,8 @@ def _settle_kernel(
     table = block_table + tl.load(request_index + row).to(tl.int64) * pages
     n = tl.load(seq_lens + row).to(tl.int32)
     slots += row * k
-    out, of_row = row * stride_out, row * stride_counts
     x, position, kept_n, lines = _gathered(
-        kept + out, counts + of_row, n, BLOCK, CHUNK, CHUNKS, LINE
+        kept + row * stride_out, counts + row * chunks, chunks, BLOCK, CHUNK, CHUNKS, LINE
     )
     if (lines * LINE <= BLOCK) & (kept_n >= tl.minimum(n, k)):
         chosen, place = choose(x, kept_n, k, BLOCK)
@@ -183,7 +182,7 @@ def _settle_kernel(
 _Arguments = dict[str, str | int | float]
 _KEPT: _Arguments = {
     "scores": "*fp32", "kept": "*i64", "counts": "*i32",
-    "seq_lens": "*i64", "stride": "i32:16", "stride_out": "i32:16", "stride_counts": "i32",
+    "seq_lens": "*i64", "stride": "i32:16", "stride_out": "i32:16", "chunks": "i32",
     "LINE": LINE,
 }  # fmt: skip
 
@@ -232,7 +231,7 @@ def select_long(
         "counts": counts,
         "stride": logits.stride(0),
         "stride_out": kept.stride(0),
-        "stride_counts": chunks,
+        "chunks": chunks,
         "CHUNK": sift.block_n,
         "LINE": LINE,
     }
