@@ -13,7 +13,7 @@ from dataclasses import replace
 from minidsv.kernels.tile import Rule, Tile
 
 SMS = 132
-SELECT_WARPS = {1024: 4, 2048: 4, 4096: 8, 8192: 16}  # by scores in registers
+SELECT_WARPS = {1024: 2, 2048: 4, 4096: 8, 8192: 16}  # by scores in registers
 CHUNK = 8192  # a longer row takes two launches
 LONG_ROWS = (  # columns up to which, sift_topk, settle_topk
     (

@@ -37,7 +37,7 @@ def _select_kernel(
     table = block_table + tl.load(request_index + row).to(tl.int64) * pages
     n = tl.load(seq_lens + row).to(tl.int32)
     x = load_scores(scores + row * stride, where, where < columns, n)
-    page = tl.load(table + where // PAGE, mask=where < n, other=0).to(tl.uint32)
+    page = tl.load(table + where // PAGE, mask=where < columns, other=0).to(tl.uint32)
     chosen, place = choose(x, n, k, BLOCK)
     slot = page.to(tl.int64) * PAGE + where % PAGE
     tl.store(slots + row * k + place, slot, mask=chosen)
