@@ -58,9 +58,9 @@ def select_topk(m: int, dims: tuple[int, ...]) -> Tile:
 def _long_row(dims: tuple[int, ...]) -> tuple[Tile, Tile]:
     columns, k = dims
     for longest, sift, settle in LONG_ROWS:
-        if columns <= longest and 3 * k <= 2 * settle.block_n:
+        if columns <= longest and 2 * k <= settle.block_n:
             return sift, settle
-    raise ValueError(f"top {k} of {columns} scores: want at most 1048576, k at most 5461")
+    raise ValueError(f"top {k} of {columns} scores: want k <= 4096 and at most {longest} scores")
 
 
 def sift_topk(m: int, dims: tuple[int, ...]) -> Tile:

@@ -222,7 +222,6 @@ def select_long(
     chunks = -(-columns // sift.block_n)
     room = settle.block_n - chunks * LINE // 2
     assert chunks <= settle.block_k, f"{columns} scores a row, k {k}"
-    assert 5 * k <= 4 * room, f"k {k} is above {room * 4 // 5} for {columns} scores a row"
     kept = torch.empty(rows, chunks * sift.block_n, dtype=torch.int64, device=logits.device)
     counts = torch.empty(rows, chunks, dtype=torch.int32, device=logits.device)
     args = {
