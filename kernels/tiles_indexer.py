@@ -13,24 +13,20 @@ from dataclasses import replace
 from minidsv.kernels.tile import Rule, Tile
 
 SMS = 132
+
+
+def _of(block_n: int, block_k: int, num_warps: int) -> Tile:
+    return Tile(block_n=block_n, block_k=block_k, num_warps=num_warps)
+
+
 SELECT_WARPS = {1024: 2, 2048: 4, 4096: 8, 8192: 16}  # by scores in registers
 CHUNK = 8192  # a longer row takes two launches
-LONG_ROWS = (  # columns up to which, sift_topk, settle_topk
-    (
-        32_768,
-        Tile(block_n=1024, block_k=4096, num_warps=8),
-        Tile(block_n=4096, block_k=32, num_warps=8),
-    ),
-    (
-        131_072,
-        Tile(block_n=2048, block_k=4096, num_warps=8),
-        Tile(block_n=8192, block_k=64, num_warps=16),
-    ),
-    (
-        1 << 20,
-        Tile(block_n=8192, block_k=16384, num_warps=16),
-        Tile(block_n=8192, block_k=128, num_warps=16),
-    ),
+ANY = 1 << 30
+LONG_ROWS = (  # up to so many columns and rows: sift_topk, settle_topk (H200)
+    (32_768, ANY, _of(2048, 4096, 8), _of(4096, 16, 8)),
+    (131_072, 8, _of(4096, 8192, 16), _of(4096, 32, 8)),
+    (131_072, ANY, _of(4096, 4096, 8), _of(8192, 32, 16)),
+    (1 << 20, ANY, _of(8192, 16384, 16), _of(8192, 128, 16)),
 )
 ALL_SLOTS_TILE = Tile(block_n=1024)
 
@@ -55,20 +51,20 @@ def select_topk(m: int, dims: tuple[int, ...]) -> Tile:
     return Tile(block_n=block, num_warps=SELECT_WARPS[block])
 
 
-def _long_row(dims: tuple[int, ...]) -> tuple[Tile, Tile]:
+def _long_row(m: int, dims: tuple[int, ...]) -> tuple[Tile, Tile]:
     columns, k = dims
-    for longest, sift, settle in LONG_ROWS:
-        if columns <= longest and 2 * k <= settle.block_n:
+    for most_columns, most_rows, sift, settle in LONG_ROWS:
+        if columns <= most_columns and m <= most_rows and 2 * k <= settle.block_n:
             return sift, settle
-    raise ValueError(f"top {k} of {columns} scores: want k <= 4096 and at most {longest} scores")
+    raise ValueError(f"top {k} of {columns} scores: want k <= 4096 and at most 1048576 scores")
 
 
 def sift_topk(m: int, dims: tuple[int, ...]) -> Tile:
-    return _long_row(dims)[0]
+    return _long_row(m, dims)[0]
 
 
 def settle_topk(m: int, dims: tuple[int, ...]) -> Tile:
-    return _long_row(dims)[1]
+    return _long_row(m, dims)[1]
 
 
 def all_slots(m: int, dims: tuple[int, ...]) -> Tile:

@@ -201,15 +201,43 @@ def _settle_row(sift: Tile, tile: Tile, table: str = "*i64") -> Row:
     return Row(_KEPT | more, tile.num_warps)
 
 
-SIFT = KernelSpec(_sift_kernel, tuple(_sift_row(sift) for _, sift, _ in LONG_ROWS))
+SIFT = KernelSpec(_sift_kernel, tuple(_sift_row(sift) for *_, sift, _ in LONG_ROWS))
 SETTLE = KernelSpec(
     _settle_kernel,
     (
-        *(_settle_row(sift, settle) for _, sift, settle in LONG_ROWS),
-        _settle_row(*LONG_ROWS[0][1:], table="*i32"),
+        *(_settle_row(sift, settle) for *_, sift, settle in LONG_ROWS),
+        _settle_row(*LONG_ROWS[0][2:], table="*i32"),
     ),
 )
 SPECS = (SIFT, SETTLE)
+
+
+def sift(
+    logits: Tensor, seq_lens: Tensor, k: int, mode: PdlMode
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """What may be among the k best of each row: positions and scores [T, chunks * CHUNK], each
+    chunk's one after another, their counts [T, chunks], and what settling shares with this."""
+    rows, columns = logits.shape
+    tile = launch_config("sift_topk", rows, (columns, k))
+    held = launch_config("settle_topk", rows, (columns, k)).block_n
+    chunks = -(-columns // tile.block_n)
+    kept = torch.empty(rows, chunks * tile.block_n, dtype=torch.int64, device=logits.device)
+    counts = torch.empty(rows, chunks, dtype=torch.int32, device=logits.device)
+    args = {
+        "scores": logits,
+        "kept": kept,
+        "counts": counts,
+        "seq_lens": seq_lens,
+        "stride": logits.stride(0),
+        "stride_out": kept.stride(0),
+        "chunks": chunks,
+        "CHUNK": tile.block_n,
+        "LINE": LINE,
+    }
+    aim = math.isqrt(k * (held - chunks * LINE // 2))  # as far above k as below what can be held
+    sizes = {"aim": aim, "held": held, "SAMPLE": tile.block_k}
+    SIFT.launch((rows, chunks), mode, args | sizes, tile.num_warps)
+    return kept, counts, args
 
 
 def select_long(
@@ -217,29 +245,8 @@ def select_long(
 ) -> None:
     """The selection from rows of any length; `tables`: seq_lens, block_table and the like."""
     rows, columns = logits.shape
-    sift = launch_config("sift_topk", rows, (columns, k))
-    settle = launch_config("settle_topk", rows, (columns, k))
-    chunks = -(-columns // sift.block_n)
-    room = settle.block_n - chunks * LINE // 2
-    assert chunks <= settle.block_k, f"{columns} scores a row, k {k}"
-    kept = torch.empty(rows, chunks * sift.block_n, dtype=torch.int64, device=logits.device)
-    counts = torch.empty(rows, chunks, dtype=torch.int32, device=logits.device)
-    args = {
-        "scores": logits,
-        "kept": kept,
-        "counts": counts,
-        "stride": logits.stride(0),
-        "stride_out": kept.stride(0),
-        "chunks": chunks,
-        "CHUNK": sift.block_n,
-        "LINE": LINE,
-    }
-    sizes = {
-        "seq_lens": tables["seq_lens"],
-        "aim": math.isqrt(k * room),
-        "held": settle.block_n,
-        "SAMPLE": sift.block_k,
-    }
-    SIFT.launch((rows, chunks), mode, args | sizes, sift.num_warps)
-    args |= tables | {"slots": slots, "k": k, "BLOCK": settle.block_n, "CHUNKS": settle.block_k}
-    SETTLE.launch((rows,), mode, args, settle.num_warps)
+    tile = launch_config("settle_topk", rows, (columns, k))
+    _, counts, args = sift(logits, tables["seq_lens"], k, mode)
+    assert counts.shape[1] <= tile.block_k, f"{columns} scores a row, k {k}"
+    args |= tables | {"slots": slots, "k": k, "BLOCK": tile.block_n, "CHUNKS": tile.block_k}
+    SETTLE.launch((rows,), mode, args, tile.num_warps)

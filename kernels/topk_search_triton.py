@@ -3,7 +3,7 @@
 Absent scores are NaN. A round maps the scores linearly onto 16 bins, best first, counts how many
 lie in each bin and before, and goes on within the bin that holds the K-th best; where exactly K
 lie before a bin's end, those are the K best, whatever the map's rounding. About three rounds do for
-smooth scores. Where eight do not, the scores about the K-th are equal or nearly so, and the bits of
+smooth scores. Where six do not, the scores about the K-th are equal or nearly so, and the bits of
 the numbers, which are in the same order, are searched instead, four a round. What is chosen depends
 on counts alone, so it is exact; among equal scores the first by position are taken.
 """
@@ -91,27 +91,29 @@ def bracket(x, guess, deviation, k, slack, BLOCK: tl.constexpr):
 
     Begins about `guess`; up to `slack` more will do.
     """
-    width = deviation / 24
+    width, slope = deviation / 24, 96 / deviation
     top = width * 8
     rounds, found = k * 0, k * 0
-    slope, start, end = 4 / width, MAGIC + 0.0 * width, MAGIC + 0.0 * width
-    while (rounds < 8) & (found == 0):
-        slope = 4 / width
+    start, end = MAGIC + 0.0 * width, MAGIC + 0.0 * width
+    while (rounds < 6) & (found == 0):
         start = MAGIC + top * slope
         place = tl.maximum(tl.minimum(scaled(x, guess, slope, start), LAST), MAGIC)
         bin, hit = find_bin(upto(place.to(tl.int32, bitcast=True) & 60, BLOCK), k, slack)
         found = hit.to(tl.int32)
+        rounds += 1
         upper = 4 * bin.to(tl.float32) - 0.5  # of the bin, for places are rounded
         end = tl.where(bin < 15, MAGIC + (upper + 4.5), float("inf"))
-        top = (start - MAGIC - upper) / slope
+        top = (start - MAGIC - upper) * (width * 0.25)
         bottom = top - width
-        if (bin > 0) & (bin < 15):  # within the bin, and a little beyond
-            width = width / 14
-            top += width
-        else:
-            width = width * 4
-            top = tl.where(bin == 0, bottom + 15 * width, top + width)
-        rounds += 1
+        if (found == 0) & (rounds < 6):
+            if (bin > 0) & (bin < 15):  # within the bin, and a little beyond
+                width *= 1 / 14
+                slope *= 14
+                top += width
+            else:
+                width *= 4
+                slope *= 0.25
+                top = tl.where(bin == 0, bottom + 15 * width, top + width)
     return slope, start, end, found
 
 

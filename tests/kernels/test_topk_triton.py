@@ -4,6 +4,7 @@ On a GPU in every PDL mode; `test_triton.py` runs the same file in Triton's inte
 tiles, so that short rows are thinned as well.
 """
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -105,6 +106,22 @@ def test_select_widths(kind: str, width: int) -> None:
     check(logits, seq_lens, K, table_of(1, width // 64), torch.zeros(3, dtype=torch.int64))
 
 
+@pytest.mark.parametrize("width", [192] if is_interpreted() else [16384, 131072, 1 << 20])
+@pytest.mark.parametrize("kind", ["normal", "ascending", "nan"])
+def test_the_sample_is_representative(
+    kind: str, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is sifted holds the best and can be held: no row is gone through twice."""
+    from minidsv.kernels.topk_long_triton import LINE, sift
+
+    small_tiles(monkeypatch)
+    logits = KINDS[kind](torch.randn(4, width, generator=generator(7))).to(DEVICE)
+    _, counts, _ = sift(logits, torch.full((4,), width, device=DEVICE), K, "off")
+    lines = (counts + LINE - 1) // LINE
+    assert int(counts.sum(1).min()) >= K
+    assert int(lines.sum(1).max()) * LINE <= RULES["settle_topk"](4, (width, K)).block_n
+
+
 @pytest.mark.skipif(is_interpreted(), reason="the reference's own rows")
 @pytest.mark.parametrize("rows", [0, 1, 300])
 def test_rows_of_a_wider_tensor(rows: int) -> None:
@@ -140,9 +157,9 @@ def test_every_tile_has_a_row() -> None:
             tile = tiles_indexer.select_topk(1, (columns, k))
             assert tile.block_n >= max(columns, k)
             assert tile.block_n in blocks
-        for columns in (8193, 32_768, 40_000, 131_072, 131_073, 1 << 20):
-            sift = tiles_indexer.sift_topk(1, (columns, k))
-            settle = tiles_indexer.settle_topk(1, (columns, k))
+        for columns, m in itertools.product((8193, 32_768, 40_000, 131_073, 1 << 20), (1, 9)):
+            sift = tiles_indexer.sift_topk(m, (columns, k))
+            settle = tiles_indexer.settle_topk(m, (columns, k))
             assert (sift.block_n, sift.block_k) in sifts
             assert (settle.block_n, sift.block_n, settle.block_k) in settles
             assert sift.block_n * settle.block_k >= columns
