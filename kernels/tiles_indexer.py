@@ -19,7 +19,7 @@ def _of(block_n: int, block_k: int, num_warps: int) -> Tile:
     return Tile(block_n=block_n, block_k=block_k, num_warps=num_warps)
 
 
-SELECT_WARPS = {1024: 2, 2048: 4, 4096: 8, 8192: 16}  # by scores in registers
+SELECT_WARPS = {1024: 2, 2048: 4, 4096: 8, 8192: 8}  # by scores in registers
 CHUNK = 8192  # a longer row takes two launches
 ANY = 1 << 30
 LONG_ROWS = (  # up to so many columns and rows: sift_topk, settle_topk (H200)

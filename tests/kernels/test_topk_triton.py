@@ -25,7 +25,7 @@ K = 24 if is_interpreted() else 2048
 LENGTHS = (
     (0, 24, 25, 190)
     if is_interpreted()
-    else (0, 1, 63, 64, 65, 2047, 2048, 2049, 4095, 4096, 4097, 8192, 8193, 16385, 40000)
+    else (0, 1, 63, 64, 65, 2047, 2048, 2049, 4095, 4096, 4097, 8191, 8192, 8193, 40000)
 )
 KINDS: dict[str, Callable[[Tensor], Tensor]] = {
     "normal": lambda x: x,
