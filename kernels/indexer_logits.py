@@ -16,7 +16,9 @@ from minidsv.kernels.index_cache import fp8_page_bytes, read_index_k_buffer
 from minidsv.kernels.pdl import PdlMode, triton_mode
 
 _REF_ELEMENTS = 1 << 20  # scores of all heads that the reference holds at a time: 4 MiB
-_ELEMENTS = 1 << 26  # scores that a chunk of rows may have: 256 MiB
+_ELEMENTS = (
+    1 << 25
+)  # scores that a chunk of rows may have: 128 MiB, and as much again twice to select
 
 
 def chunk_rows(q: Tensor, max_seq_len: int, pdl: PdlMode | None = None) -> int:

@@ -23,6 +23,7 @@ from minidsv.kernels import (
     router_triton,
     set_mla_kv_buffer_triton,
     sparse_mla_triton,
+    topk_long_triton,
     topk_triton,
 )
 from minidsv.kernels.launch import KernelSpec
@@ -50,6 +51,7 @@ FAMILIES = (
     router_triton,
     set_mla_kv_buffer_triton,
     sparse_mla_triton,
+    topk_long_triton,
     topk_triton,
 )
 SPECS: tuple[KernelSpec, ...] = tuple(spec for family in FAMILIES for spec in family.SPECS)

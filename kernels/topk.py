@@ -71,7 +71,7 @@ def select_topk(
     logits fp32 [T, S], whatever stands behind a row's seq_lens; seq_lens [T] int64, <= S;
     block_table [R, pages] int64 or int32, pages * 64 >= S; request_index [T] int64. `pdl`: None
     runs the reference, a mode the Triton kernels in that mode (CPU tensors: the reference), which
-    take k up to 8192, up to 4096 where S is above 8192, and load some of a row's garbage, unused.
+    take k up to 8192, S up to 8192 or, with k up to 4096, 1048576, and load garbage, unused.
     """
     _assert_rows(seq_lens, block_table, request_index, logits.shape[1])
     assert logits.dtype == torch.float32, f"logits {logits.dtype} is not float32"

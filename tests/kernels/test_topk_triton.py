@@ -4,6 +4,7 @@ On a GPU in every PDL mode; `test_triton.py` runs the same file in Triton's inte
 tiles, so that short rows are thinned as well.
 """
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -24,7 +25,7 @@ K = 24 if is_interpreted() else 2048
 LENGTHS = (
     (0, 24, 25, 190)
     if is_interpreted()
-    else (0, 1, 63, 64, 65, 2047, 2048, 2049, 4095, 4096, 4097, 8192, 8193, 16385, 40000)
+    else (0, 1, 63, 64, 65, 2047, 2048, 2049, 4095, 4096, 4097, 8191, 8192, 8193, 40000)
 )
 KINDS: dict[str, Callable[[Tensor], Tensor]] = {
     "normal": lambda x: x,
@@ -51,10 +52,11 @@ def table_of(requests: int, pages: int) -> Tensor:
 
 
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks of 64 scores in the interpreter, where a thousand take seconds."""
+    """Up to 128 scores a program in the interpreter, where a thousand take seconds."""
     if is_interpreted():
-        monkeypatch.setitem(RULES, "select_topk", lambda m, dims: Tile(block_n=64))
-        monkeypatch.setitem(RULES, "thin_topk", lambda m, dims: Tile(block_n=64))
+        monkeypatch.setitem(RULES, "select_topk", lambda m, dims: Tile(block_n=128))
+        monkeypatch.setitem(RULES, "sift_topk", lambda m, dims: Tile(block_n=128, block_k=128))
+        monkeypatch.setitem(RULES, "settle_topk", lambda m, dims: Tile(block_n=128, block_k=4))
 
 
 def check(logits: Tensor, seq_lens: Tensor, k: int, table: Tensor, request_index: Tensor) -> None:
@@ -104,6 +106,22 @@ def test_select_widths(kind: str, width: int) -> None:
     check(logits, seq_lens, K, table_of(1, width // 64), torch.zeros(3, dtype=torch.int64))
 
 
+@pytest.mark.parametrize("width", [192] if is_interpreted() else [16384, 131072, 1 << 20])
+@pytest.mark.parametrize("kind", ["normal", "ascending", "nan"])
+def test_the_sample_is_representative(
+    kind: str, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is sifted holds the best and can be held: no row is gone through twice."""
+    from minidsv.kernels.topk_long_triton import LINE, sift
+
+    small_tiles(monkeypatch)
+    logits = KINDS[kind](torch.randn(4, width, generator=generator(7))).to(DEVICE)
+    _, counts, _ = sift(logits, torch.full((4,), width, device=DEVICE), K, "off")
+    lines = (counts + LINE - 1) // LINE
+    assert int(counts.sum(1).min()) >= K
+    assert int(lines.sum(1).max()) * LINE <= RULES["settle_topk"](4, (width, K)).block_n
+
+
 @pytest.mark.skipif(is_interpreted(), reason="the reference's own rows")
 @pytest.mark.parametrize("rows", [0, 1, 300])
 def test_rows_of_a_wider_tensor(rows: int) -> None:
@@ -127,11 +145,21 @@ def test_all_slots(width: int, dtype: torch.dtype) -> None:
 
 
 def test_every_tile_has_a_row() -> None:
+    from minidsv.kernels.topk_long_triton import SETTLE, SIFT
     from minidsv.kernels.topk_triton import SELECT
 
-    rows = {(row.arguments["BLOCK"], row.arguments["THINNED"]) for row in SELECT.rows}
-    for columns in (1, 1000, 4096, 8192):
-        for k in (64, 2048):
+    blocks = {row.arguments["BLOCK"] for row in SELECT.rows}
+    sifts = {(row.arguments["CHUNK"], row.arguments["SAMPLE"]) for row in SIFT.rows}
+    names = ("BLOCK", "CHUNK", "CHUNKS")
+    settles = {tuple(row.arguments[name] for name in names) for row in SETTLE.rows}
+    for k in (1, 64, 2048, 4096):
+        for columns in (1, 1000, 4096, 8192):
             tile = tiles_indexer.select_topk(1, (columns, k))
             assert tile.block_n >= max(columns, k)
-            assert {(tile.block_n, False), (tile.block_n, True)} <= rows
+            assert tile.block_n in blocks
+        for columns, m in itertools.product((8193, 32_768, 40_000, 131_073, 1 << 20), (1, 9)):
+            sift = tiles_indexer.sift_topk(m, (columns, k))
+            settle = tiles_indexer.settle_topk(m, (columns, k))
+            assert (sift.block_n, sift.block_k) in sifts
+            assert (settle.block_n, sift.block_n, settle.block_k) in settles
+            assert sift.block_n * settle.block_k >= columns

@@ -1,0 +1,252 @@
+"""Triton kernels under `select_topk` for rows of more scores than a program keeps in registers.
+
+Two launches. First each chunk's program finds, in the same sample of the row, a score that about
+`aim` > K of all are as good as, and writes those of its chunk, by position, padded to lines of
+LINE. Then one program a row gathers the lines and chooses exactly among them. Should there be fewer
+than K or more than it can hold (scores that repeat, or a sample that misleads), it goes through
+all scores instead: slowly, and exactly as well.
+"""
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from minidsv.kernels.constants import PAGE_SIZE
+from minidsv.kernels.launch import KernelSpec, Row, pdl_begin, pdl_end
+from minidsv.kernels.launch_config import launch_config
+from minidsv.kernels.pdl import PdlMode
+from minidsv.kernels.tile import Tile
+from minidsv.kernels.tiles_indexer import LONG_ROWS
+from minidsv.kernels.topk_search_triton import (
+    HIGHEST,
+    bins_of_bits,
+    bracket,
+    choose,
+    load_scores,
+    order,
+    places,
+    quantile,
+    scaled,
+    upto,
+)
+
+LINE = 16  # scores of one chunk that lie together in front of the second launch
+ABSENT = tl.constexpr(0x7FC00000)  # a NaN
+RUN = tl.constexpr(8)  # neighbours in the sample: 32 bytes
+
+
+@triton.jit
+def _good(x, scores, n, aim, SAMPLE: tl.constexpr):
+    """Which of x are as good as about `aim` of a row's n > SAMPLE scores, by a sample of them."""
+    i = tl.arange(0, SAMPLE)
+    start = (i // RUN).to(tl.int64) * n // (SAMPLE // RUN)
+    where = start.to(tl.int32) // RUN * RUN + i % RUN
+    sample = load_scores(scores, where, where < n, n)
+    share = aim.to(tl.float32) * SAMPLE / n
+    least = tl.maximum((share * 0.95).to(tl.int32), 1)
+    guess, deviation = quantile(sample, SAMPLE, least)
+    slack = (share * 0.15).to(tl.int32)
+    slope, start, end, _ = bracket(sample, guess, deviation, least, slack, SAMPLE)
+    return scaled(x, guess, slope, start) < end
+
+
+@triton.jit(
+    do_not_specialize=["aim", "held", "chunks"],
+    do_not_specialize_on_alignment=["scores", "kept", "counts", "seq_lens"],
+)
+def _sift_kernel(
+    scores, kept, counts, seq_lens, aim, held, stride, stride_out, chunks,
+    CHUNK: tl.constexpr, SAMPLE: tl.constexpr, LINE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One chunk's scores that may be among the best, all of them in rows of up to `held`."""
+    row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    first = chunk * CHUNK
+    where = tl.arange(0, CHUNK)
+    pdl_begin(PDL)
+    n = tl.load(seq_lens + row).to(tl.int32)
+    count = n * 0
+    if first < n:
+        scores += row * stride
+        x = load_scores(scores + first, where, first + where < n, n - first)
+        good = x == x
+        if n > held:
+            good = _good(x, scores, n, aim, SAMPLE)
+        place = places(good, CHUNK)
+        kept += row * stride_out + first
+        bits = x.to(tl.uint32, bitcast=True).to(tl.int64)
+        tl.store(kept + place, (first + where).to(tl.int64) << 32 | bits, mask=good)
+        count = tl.sum(tl.where(good, 1, 0), 0)
+        line = tl.arange(0, LINE)
+        tl.store(kept + count + line, ABSENT, mask=line < (LINE - count % LINE) % LINE)
+    tl.store(counts + row * chunks + chunk, count)
+    pdl_end(PDL)
+
+
+@triton.jit
+def _gathered(
+    kept, counts, chunks,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, LINE: tl.constexpr,
+):  # fmt: skip
+    """Scores and positions in a row's lines, how many scores, how many lines."""
+    chunk = tl.arange(0, CHUNKS)
+    count = tl.load(counts + chunk, mask=chunk < chunks, other=0)
+    lines = (count + LINE - 1) // LINE
+    end = tl.cumsum(lines, 0)
+    line = tl.arange(0, BLOCK // LINE)
+    behind = tl.where(end[None, :] <= line[:, None], CHUNK // LINE - lines[None, :], 0)
+    total = tl.sum(lines, 0)
+    source = (line + tl.sum(behind, 1)) * LINE
+    where = source[:, None] + tl.arange(0, LINE)[None, :]
+    real = (line < total)[:, None]
+    both = tl.reshape(tl.load(kept + where, mask=real, other=ABSENT), (BLOCK,))
+    x = both.to(tl.uint32).to(tl.float32, bitcast=True)
+    return x, (both >> 32).to(tl.uint32), tl.sum(count, 0), total
+
+
+@triton.jit
+def _threshold(scores, n, k, BLOCK: tl.constexpr):
+    """The k-th best of n > k scores in memory, ordered; how many of it are among the k best."""
+    top, shift, above = tl.full((), HIGHEST, tl.int32), tl.full((), 32, tl.int32), k * 0
+    while shift > 0:
+        shift -= 4
+        low, high = tl.zeros((8,), tl.int32), tl.zeros((8,), tl.int32)
+        for first in range(0, n, BLOCK):
+            where = first + tl.arange(0, BLOCK)
+            u = order(load_scores(scores, where, where < n, n))
+            counts = upto(bins_of_bits(u, top, shift), BLOCK)
+            low, high = low + (counts & 0xFFFF), high + (counts >> 16)
+        fewer = tl.where(low < k, 1, 0) + tl.where(high < k, 1, 0)
+        most = tl.maximum(tl.where(low < k, low, 0), tl.where(high < k, high, 0))
+        above = tl.maximum(above, tl.max(most, 0))
+        top -= tl.sum(fewer, 0) << shift
+    return top, k - above
+
+
+@triton.jit
+def _store(slots, place, table, position, mask, PAGE: tl.constexpr):
+    page = tl.load(table + position // PAGE, mask=mask, other=0).to(tl.uint32)
+    tl.store(slots + place, page.to(tl.int64) * PAGE + position % PAGE, mask=mask)
+
+
+@triton.jit
+def _go_through_all(slots, scores, table, n, k, BLOCK: tl.constexpr, PAGE: tl.constexpr):
+    """The slots of the k best of n > k scores in memory."""
+    kth, need = _threshold(scores, n, k, BLOCK)
+    done, equal = k * 0, k * 0
+    for start in range(0, n, BLOCK):
+        where = start + tl.arange(0, BLOCK)
+        u = order(load_scores(scores, where, where < n, n))
+        same = u == kth
+        chosen = (u > kth) | (same & (equal + places(same, BLOCK) < need))
+        _store(slots, done + places(chosen, BLOCK), table, where, chosen, PAGE)
+        done += tl.sum(tl.where(chosen, 1, 0), 0)
+        equal += tl.sum(tl.where(same, 1, 0), 0)
+
+
+@triton.jit(
+    do_not_specialize=["k", "chunks", "pages"],
+    do_not_specialize_on_alignment=[
+        "scores", "kept", "counts", "seq_lens", "block_table", "request_index"
+    ],
+)  # fmt: skip
+def _settle_kernel(
+    slots, scores, kept, counts, seq_lens, block_table, request_index,
+    k, stride, stride_out, chunks, pages,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, LINE: tl.constexpr,
+    PAGE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The slots of a row's k best, then -1."""
+    row = tl.program_id(0).to(tl.int64)
+    pdl_begin(PDL)
+    table = block_table + tl.load(request_index + row).to(tl.int64) * pages
+    n = tl.load(seq_lens + row).to(tl.int32)
+    slots += row * k
+    x, position, kept_n, lines = _gathered(
+        kept + row * stride_out, counts + row * chunks, chunks, BLOCK, CHUNK, CHUNKS, LINE
+    )
+    if (lines * LINE <= BLOCK) & (kept_n >= tl.minimum(n, k)):
+        chosen, place = choose(x, kept_n, k, BLOCK)
+        _store(slots, place, table, position, chosen, PAGE)
+    else:
+        _go_through_all(slots, scores + row * stride, table, n, k, BLOCK, PAGE)
+    for start in range(n, k, BLOCK):
+        where = start + tl.arange(0, BLOCK)
+        tl.store(slots + where, -1, mask=where < k)
+    pdl_end(PDL)
+
+
+_Arguments = dict[str, str | int | float]
+_KEPT: _Arguments = {
+    "scores": "*fp32", "kept": "*i64", "counts": "*i32",
+    "seq_lens": "*i64", "stride": "i32:16", "stride_out": "i32:16", "chunks": "i32",
+    "LINE": LINE,
+}  # fmt: skip
+
+
+def _sift_row(tile: Tile) -> Row:
+    more: _Arguments = {"aim": "i32", "held": "i32", "CHUNK": tile.block_n, "SAMPLE": tile.block_k}
+    return Row(_KEPT | more, tile.num_warps)
+
+
+def _settle_row(sift: Tile, tile: Tile, table: str = "*i64") -> Row:
+    more: _Arguments = {
+        "slots": "*i64:16", "block_table": table, "request_index": "*i64", "k": "i32",
+        "pages": "i32", "BLOCK": tile.block_n, "CHUNK": sift.block_n, "CHUNKS": tile.block_k,
+        "PAGE": PAGE_SIZE,
+    }  # fmt: skip
+    return Row(_KEPT | more, tile.num_warps)
+
+
+SIFT = KernelSpec(_sift_kernel, tuple(_sift_row(sift) for *_, sift, _ in LONG_ROWS))
+SETTLE = KernelSpec(
+    _settle_kernel,
+    (
+        *(_settle_row(sift, settle) for *_, sift, settle in LONG_ROWS),
+        _settle_row(*LONG_ROWS[0][2:], table="*i32"),
+    ),
+)
+SPECS = (SIFT, SETTLE)
+
+
+def sift(
+    logits: Tensor, seq_lens: Tensor, k: int, mode: PdlMode
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """What may be among the k best of each row: positions and scores [T, chunks * CHUNK], each
+    chunk's one after another, their counts [T, chunks], and what settling shares with this."""
+    rows, columns = logits.shape
+    tile = launch_config("sift_topk", rows, (columns, k))
+    held = launch_config("settle_topk", rows, (columns, k)).block_n
+    chunks = -(-columns // tile.block_n)
+    kept = torch.empty(rows, chunks * tile.block_n, dtype=torch.int64, device=logits.device)
+    counts = torch.empty(rows, chunks, dtype=torch.int32, device=logits.device)
+    args = {
+        "scores": logits,
+        "kept": kept,
+        "counts": counts,
+        "seq_lens": seq_lens,
+        "stride": logits.stride(0),
+        "stride_out": kept.stride(0),
+        "chunks": chunks,
+        "CHUNK": tile.block_n,
+        "LINE": LINE,
+    }
+    aim = math.isqrt(k * (held - chunks * LINE // 2))  # as far above k as below what can be held
+    sizes = {"aim": aim, "held": held, "SAMPLE": tile.block_k}
+    SIFT.launch((rows, chunks), mode, args | sizes, tile.num_warps)
+    return kept, counts, args
+
+
+def select_long(
+    logits: Tensor, k: int, tables: dict[str, Any], slots: Tensor, mode: PdlMode
+) -> None:
+    """The selection from rows of any length; `tables`: seq_lens, block_table and the like."""
+    rows, columns = logits.shape
+    tile = launch_config("settle_topk", rows, (columns, k))
+    _, counts, args = sift(logits, tables["seq_lens"], k, mode)
+    assert counts.shape[1] <= tile.block_k, f"{columns} scores a row, k {k}"
+    args |= tables | {"slots": slots, "k": k, "BLOCK": tile.block_n, "CHUNKS": tile.block_k}
+    SETTLE.launch((rows,), mode, args, tile.num_warps)
