@@ -119,7 +119,7 @@ def _sparse_mla_kernel(
     GROUPED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     E4M3: tl.constexpr = latent.dtype.element_ty.is_fp8()
-    AHEAD: tl.constexpr = E4M3 and BLOCK_H < 64  # loads to registers a step ahead
+    AHEAD: tl.constexpr = E4M3 and BLOCK_H < 64  # rows are loaded to registers, a step ahead
     T: tl.constexpr = tl.float16 if q_pe.dtype.element_ty.is_fp8() else q_pe.dtype.element_ty
     group, split, token = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     h = group * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -139,7 +139,9 @@ def _sparse_mla_kernel(
     if split_keys > BLOCK_N:
         last = _last_named(indices, first, limit, 512)
     if q.dtype.is_fp8():
-        own: tl.constexpr = C * (out.dtype.element_ty.primitive_bitwidth // 16)  # a row in bf16
+        own: tl.constexpr = C * (
+            out.dtype.element_ty.primitive_bitwidth // 16
+        )  # a row of 16 bits a value
         scratch = out.to(tl.pointer_type(T)) + region * own
         qr = qr.to(T)
         q = q.to(T)
@@ -206,7 +208,7 @@ QUERIES = {"bf16": "bf16", "fp8": "bf16", "flat": "fp8e4nv"}  # as the engine la
 
 
 def constants(layout: str, tile: Tile, c: int, r: int) -> dict[str, int]:
-    """Constexpr arguments; rows that a dot takes as loaded are pipelined with their indices."""
+    """Constexpr arguments."""
     return {
         "C": c, "R": r, "BLOCK_H": tile.block_m, "BLOCK_N": tile.block_n,
         "GROUPED": layout == "fp8",
