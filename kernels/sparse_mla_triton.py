@@ -270,13 +270,14 @@ def attend(
     _assert_sizes(c, q_pe.shape[2])
     layout = _layout(kv_buffer)
     tile = launch_config(f"sparse_mla_{layout}", tokens, (heads, topk))
+    factor = score_scale * LOG2_E
     shape = (tokens, tile.split, heads)
     lse = torch.empty(shape, dtype=torch.float32, device=out.device)
     partial = out.new_empty((*shape, c)) if tile.split > 1 else out
     args: dict[str, Any] = {
         "q_latent": q_latent, "q_pe": q_pe, "indices": topk_indices, "out": partial, "lse": lse,
         "latent": kv_buffer.view(torch.float8_e4m3fn) if layout == "fp8" else kv_buffer,
-        "factor": score_scale * LOG2_E, "value_scale": value_scale,
+        "factor": factor, "value_scale": value_scale,
         "heads": heads, "topk": topk,
         "split_keys": -(-topk // (tile.split * tile.block_n)) * tile.block_n,
         "q_token": q_latent.stride(0), "q_head": q_latent.stride(1),
