@@ -1,15 +1,12 @@
 """Triton kernel under `sparse_mla`: attention over gathered rows, of each split of a token's slots
 (combine_triton sums them).
 
-One program attends BLOCK_H heads of one token to one split of its slots,
-BLOCK_N rows at a time; one load of a row serves scores and values. Rows stay 8-bit until they are
-in shared memory, then become f16 (exact). The fp8 row's scales: with s the largest of a row's four,
-
-    k = k8 * (s_g / s) in f16,  score = (q . k) * s + q_pe . k_pe,  w = exp2(score + log2 s - top)
-    out = sum w k / sum (w / s)
-
-so no value leaves f16's range however rows differ. Nothing is constant over a replay: every access
-follows the wait.
+One program of `_sparse_mla_kernel` attends BLOCK_H heads of one token to one split of its slots,
+BLOCK_N rows at a time; one load of a row serves scores and values. Rows and weights are multiplied
+in the query's dtype (f16 for an e4m3 query), in which an e4m3 row without scales is exact; the fp8
+row's values are scaled in fp32 and rounded. Wide tiles (warpgroup mma) keep the rows of the next
+steps in shared memory, narrow ones 8-bit rows of the next step in registers. Nothing is constant
+over a replay: every access follows the wait.
 """
 
 import itertools
@@ -28,71 +25,69 @@ from minidsv.kernels.tile import Tile
 from minidsv.kernels.tiles_attention import NARROW, WIDE
 
 EMPTY = tl.constexpr(-1e30)  # log2 of a sum without terms; finite, so no inf - inf arises
-F16_MAX = tl.constexpr(65504.0)
 
 
 @triton.jit
 def _load_rows(row, slot, c, ROW: tl.constexpr):
     """Values `c` of rows `slot` (-1: zeros): [N, C]."""
     at = slot[:, None].to(tl.int64) * ROW + c[None, :]
-    return tl.load(row + at, mask=slot[:, None] >= 0, other=0.0)
+    return tl.load(row + at, mask=slot[:, None] >= 0, other=0)
 
 
 @triton.jit
-def _load_pieces(row, slot, C: tl.constexpr, ROW: tl.constexpr):
-    """The same by pieces of 64 values: [C / 64, N, 64].
+def _load_words(row, slot, C: tl.constexpr, R: tl.constexpr, GROUPED: tl.constexpr):
+    """e4m3 rows `slot` (-1: zeros) in words of four bytes, as registers hold them best: latents by
+    pieces of 64 [C / 64, N, 16], rope part [N, words], scales [N, C / 128] (the slots if flat).
 
-    The hint ranks the axes: a warp takes eight rows of a piece, so that its stores of f16 into the
+    The hint ranks the axes: a warp takes eight rows of a piece, so that its stores into the
     swizzled operand of warpgroup mma fall into different banks.
     """
-    at = slot[None, :, None].to(tl.int64) * ROW + tl.arange(0, C // 64)[:, None, None] * 64
-    at = tl.max_contiguous(at + tl.arange(0, 64)[None, None, :], [1, 2, 16])
-    return tl.load(row + at, mask=slot[None, :, None] >= 0, other=0.0)
-
-
-@triton.jit
-def _load_f16(row, slot, c, C: tl.constexpr, ROW: tl.constexpr, WGMMA: tl.constexpr):
-    """The latents of e4m3 rows as f16 [N, C]."""
-    if WGMMA:
-        k = tl.permute(_load_pieces(row, slot, C, ROW).to(tl.float16), (1, 0, 2))
-        k = tl.reshape(k, (slot.shape[0], C))
+    ROW: tl.constexpr = (C + C // 32 + 2 * R if GROUPED else C + R) // 4
+    at = slot[None, :, None].to(tl.int64) * ROW + tl.arange(0, C // 64)[:, None, None] * 16
+    at = tl.max_contiguous(at + tl.arange(0, 16)[None, None, :], [1, 2, 4])
+    word = row.to(tl.pointer_type(tl.int32))
+    latent = tl.load(word + at, mask=slot[None, :, None] >= 0, other=0)
+    if GROUPED:
+        rope = _load_rows(word + (C + C // 32) // 4, slot, tl.arange(0, R // 2), ROW)
+        scales = row.to(tl.pointer_type(tl.float32)) + C // 4
+        scale = _load_rows(scales, slot, tl.arange(0, C // 128), ROW)
     else:
-        k = _load_rows(row, slot, c, ROW).to(tl.float16)
-    return k
+        rope = _load_rows(word + C // 4, slot, tl.arange(0, R // 4), ROW)
+        scale = slot
+    return latent, rope, scale
 
 
 @triton.jit
-def _load_grouped(row, slot, c, r, C: tl.constexpr, R: tl.constexpr, WGMMA: tl.constexpr):
-    """fp8 rows `slot` (-1: zeros) as operands: k f16 [N, C] over each row's largest scale [N],
-    k_pe bf16 [N, R]; `row` points to e4m3."""
-    ROW: tl.constexpr = C + C // 32 + 2 * R
-    k8 = _load_f16(row, slot, c, C, ROW, WGMMA)
-    rope = row.to(tl.pointer_type(tl.bfloat16)) + (C + C // 32) // 2
-    k_pe = _load_rows(rope, slot, r, ROW // 2)
-    scales = row.to(tl.pointer_type(tl.float32)) + C // 4
-    scale = _load_rows(scales, slot, tl.arange(0, C // 128), ROW // 4)
-    largest = tl.max(scale, 1)
-    largest = tl.where(largest > 0, largest, 1.0)
-    ratio = (scale * (1.0 / largest)[:, None]).to(tl.float16)
-    k = tl.reshape(k8, (slot.shape[0], C // 128, 128)) * ratio[:, :, None]
-    return tl.reshape(k, (slot.shape[0], C)), k_pe, largest
+def _byte(word, i: tl.constexpr):
+    """Byte i, an e4m3, as f16 (exact)."""
+    return (word >> (8 * i)).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float16)
 
 
 @triton.jit
-def _load_plain(row, slot, c, r, C: tl.constexpr, R: tl.constexpr, WGMMA: tl.constexpr):
-    """Rows `slot` (-1: zeros) of one dtype as operands: k [N, C], k_pe [N, R]; e4m3 as f16."""
-    k_pe = _load_rows(row + C, slot, r, C + R)
-    if row.dtype.element_ty.is_fp8():
-        k, k_pe = _load_f16(row, slot, c, C, C + R, WGMMA), k_pe.to(tl.float16)
+def _four(word):
+    """The four e4m3 of each word, along a new last axis of two by two."""
+    return tl.join(tl.join(_byte(word, 0), _byte(word, 2)), tl.join(_byte(word, 1), _byte(word, 3)))
+
+
+@triton.jit
+def _two(word):
+    """The two bf16 of each word, along a new last axis."""
+    low = (word << 16).to(tl.float32, bitcast=True)
+    high = (word & -65536).to(tl.float32, bitcast=True)
+    return tl.join(low, high)
+
+
+@triton.jit
+def _operands(latent, rope, scale, C: tl.constexpr, R: tl.constexpr, GROUPED: tl.constexpr, T):
+    """Words of e4m3 rows as operands of dtype T: k [N, C], k_pe [N, R]."""
+    N: tl.constexpr = rope.shape[0]
+    k = tl.permute(tl.reshape(_four(latent), (C // 64, N, 64)), (1, 0, 2))
+    if GROUPED:
+        k = tl.reshape(k, (N, C // 128, 128)).to(tl.float32) * scale[:, :, None]
+        k_pe = tl.reshape(_two(rope), (N, R)).to(T)
     else:
-        k = _load_rows(row, slot, c, C + R)
-    return k, k_pe
-
-
-@triton.jit
-def _to_f16(x):
-    """Saturated; NaN stays."""
-    return tl.clamp(x.to(tl.float32), -F16_MAX, F16_MAX, tl.PropagateNan.ALL).to(tl.float16)
+        k_pe = tl.reshape(_four(rope), (N, R)).to(T)
+    return tl.reshape(k.to(T), (N, C)), k_pe
 
 
 @triton.jit
@@ -119,13 +114,14 @@ def _last_named(indices, first, last, SCAN: tl.constexpr):
 @triton.jit(do_not_specialize=["heads", "topk", "indices_token"])
 def _sparse_mla_kernel(
     q_latent, q_pe, latent, indices, out, lse,
-    factor, rope_factor, value_scale, heads, topk, split_keys,
+    factor, value_scale, heads, topk, split_keys,
     q_token, q_head, pe_token, pe_head, indices_token,
     C: tl.constexpr, R: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
-    GROUPED: tl.constexpr, CARRY: tl.constexpr, PDL: tl.constexpr,
+    GROUPED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    F16: tl.constexpr = latent.dtype.element_ty.is_fp8()
-    WGMMA: tl.constexpr = BLOCK_H >= 64
+    E4M3: tl.constexpr = latent.dtype.element_ty.is_fp8()
+    AHEAD: tl.constexpr = E4M3 and BLOCK_H < 64  # rows are loaded to registers, a step ahead
+    T: tl.constexpr = tl.float16 if q_pe.dtype.element_ty.is_fp8() else q_pe.dtype.element_ty
     group, split, token = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     h = group * BLOCK_H + tl.arange(0, BLOCK_H)
     c, r, n = tl.arange(0, C), tl.arange(0, R), tl.arange(0, BLOCK_N)
@@ -134,47 +130,50 @@ def _sparse_mla_kernel(
     indices += token * indices_token
     real = h[:, None] < heads
     pdl_begin(PDL)
-    q = tl.load(q_latent + token * q_token + h[:, None] * q_head + c[None, :], mask=real, other=0.0)
-    qr = tl.load(q_pe + token * pe_token + h[:, None] * pe_head + r[None, :], mask=real, other=0.0)
     limit = tl.minimum(first + split_keys, topk)
     slot = tl.load(indices + first + n, mask=first + n < limit, other=-1).to(tl.int32)
-    last = _last_named(indices, first, limit, 512)
-    if F16:
-        q = _to_f16(q)
-        qr = qr if GROUPED else _to_f16(qr)
-        if WGMMA:
-            own: tl.constexpr = C * (out.dtype.element_ty.primitive_bitwidth // 16)  # a row in f16
-            scratch = out.to(tl.pointer_type(tl.float16)) + region * own
+    q = tl.load(q_latent + token * q_token + h[:, None] * q_head + c[None, :], mask=real, other=0.0)
+    qr = tl.load(q_pe + token * pe_token + h[:, None] * pe_head + r[None, :], mask=real, other=0.0)
+    if AHEAD:
+        words, rope, scale = _load_words(latent, slot, C, R, GROUPED)
+    last = limit
+    if split_keys > BLOCK_N:
+        last = _last_named(indices, first, limit, 512)
+    if q.dtype.is_fp8():
+        own: tl.constexpr = C * (
+            out.dtype.element_ty.primitive_bitwidth // 16
+        )  # a row of 16 bits a value
+        scratch = out.to(tl.pointer_type(T)) + region * own
+        qr = qr.to(T)
+        q = q.to(T)
+        if BLOCK_H >= 64:
             q = _reload(q, scratch, h[:, None] * own + c[None, :], real)
     top = tl.full([BLOCK_H], EMPTY, tl.float32)
     total = tl.zeros([BLOCK_H], tl.float32)
     acc = tl.zeros([BLOCK_H, C], tl.float32)
     for start in range(first, last, BLOCK_N):
-        if not CARRY:
-            slot = tl.load(indices + start + n, mask=start + n < limit, other=-1).to(tl.int32)
-        bias = tl.where(slot >= 0, 0.0, float("-inf"))
-        if GROUPED:
-            k, k_pe, row_scale = _load_grouped(latent, slot, c, r, C, R, WGMMA)
-            bias += tl.log2(row_scale)
-            if WGMMA:  # exact, and undone by rope_factor: a changed operand needs fewer buffers
-                k_pe = (k_pe.to(tl.float32) * 2.0).to(k_pe.dtype)
+        if E4M3:
+            if not AHEAD:
+                words, rope, scale = _load_words(latent, slot, C, R, GROUPED)
+            k, k_pe = _operands(words, rope, scale, C, R, GROUPED, T)
         else:
-            k, k_pe = _load_plain(latent, slot, c, r, C, R, WGMMA)
-        if CARRY:
-            ahead = start + BLOCK_N + n
-            slot = tl.load(indices + ahead, mask=ahead < limit, other=-1).to(tl.int32)
+            k = _load_rows(latent, slot, c, C + R)
+            k_pe = _load_rows(latent + C, slot, r, C + R)
+        bias = tl.where(slot >= 0, 0.0, float("-inf"))
         x = tl.dot(q, k.T)
-        x_pe = tl.dot(qr, k_pe.to(qr.dtype).T)
-        if GROUPED:
-            x *= row_scale[None, :]
-        x = x * factor + x_pe * rope_factor
+        x_pe = tl.dot(qr, k_pe.T)
+        ahead = start + BLOCK_N + n
+        slot = tl.load(indices + ahead, mask=ahead < limit, other=-1).to(tl.int32)
+        if AHEAD:
+            words, rope, scale = _load_words(latent, slot, C, R, GROUPED)
+        x = x * factor + x_pe * factor  # their sum first would become one dot, in two layouts
         if heads > 0:  # always; without a branch both warpgroups would compute all scores
             x += bias[None, :]
         new_top = tl.maximum(top, tl.max(x, 1))
         alpha = tl.exp2(top - new_top)
         p = tl.exp2(x - new_top[:, None])
-        total = total * alpha + tl.sum(p / row_scale[None, :] if GROUPED else p, 1)
-        acc = tl.dot(p.to(k.dtype), k, acc * alpha[:, None])
+        total = total * alpha + tl.sum(p, 1)
+        acc = tl.dot(p.to(T), k, acc * alpha[:, None])
         top = new_top
         group = tl.minimum(group, heads)  # itself; see below
     h = group * BLOCK_H + tl.arange(0, BLOCK_H)  # again, so that no address is held over the loop
@@ -193,10 +192,10 @@ QUERIES = {"bf16": "bf16", "fp8": "bf16", "flat": "fp8e4nv"}  # as the engine la
 
 
 def constants(layout: str, tile: Tile, c: int, r: int) -> dict[str, int]:
-    """Constexpr arguments; rows that a dot takes as loaded are pipelined with their indices."""
+    """Constexpr arguments."""
     return {
         "C": c, "R": r, "BLOCK_H": tile.block_m, "BLOCK_N": tile.block_n,
-        "GROUPED": layout == "fp8", "CARRY": layout != "bf16",
+        "GROUPED": layout == "fp8",
     }  # fmt: skip
 
 
@@ -207,7 +206,7 @@ def sparse_row(layout: str, tile: Tile, c: int, r: int, query: str) -> Row:
         "out": "bf16", "lse": "fp32",
     }  # fmt: skip
     arguments: dict[str, str | int | float] = {n: f"*{t}:16" for n, t in pointers.items()}
-    arguments |= dict.fromkeys(("factor", "rope_factor", "value_scale"), "fp32")
+    arguments |= dict.fromkeys(("factor", "value_scale"), "fp32")
     arguments |= dict.fromkeys(("heads", "topk", "indices_token"), "i32")
     strides = ("split_keys", "q_token", "q_head", "pe_token", "pe_head")
     arguments |= dict.fromkeys(strides, "i32:16")
@@ -257,7 +256,6 @@ def attend(
         "q_latent": q_latent, "q_pe": q_pe, "indices": topk_indices, "out": partial, "lse": lse,
         "latent": kv_buffer.view(torch.float8_e4m3fn) if layout == "fp8" else kv_buffer,
         "factor": factor, "value_scale": value_scale,
-        "rope_factor": factor * 0.5 if layout == "fp8" and tile.block_m >= 64 else factor,
         "heads": heads, "topk": topk,
         "split_keys": -(-topk // (tile.split * tile.block_n)) * tile.block_n,
         "q_token": q_latent.stride(0), "q_head": q_latent.stride(1),

@@ -17,14 +17,14 @@ from minidsv.kernels.tile import Rule, Tile
 SMS = 132
 SPLITS = (1, 2, 4, 8, 16, 32)
 NARROW = {
-    "bf16": Tile(16, 64, num_warps=8, num_stages=3),
-    "fp8": Tile(16, 32, num_warps=8, num_stages=3),
-    "flat": Tile(16, 32, num_warps=8, num_stages=3),
+    "bf16": Tile(16, 32, num_warps=4, num_stages=3),
+    "fp8": Tile(16, 64, num_warps=8, num_stages=1),
+    "flat": Tile(16, 64, num_warps=8, num_stages=1),
 }
 WIDE = {
     "bf16": Tile(64, 64, num_warps=8, num_stages=2),
     "fp8": Tile(64, 64, num_warps=8, num_stages=3),
-    "flat": Tile(64, 32, num_warps=8, num_stages=3),
+    "flat": Tile(64, 64, num_warps=8, num_stages=3),
 }
 
 

@@ -2,6 +2,10 @@
 
 On a GPU in every PDL mode; `test_triton.py` runs the same file in Triton's interpreter, whose bf16
 arithmetic is wrong, so there queries are fp16.
+
+The kernels round weights and the splits' sums to the operands' dtype, so an element errs by a few
+2^-9 of the largest value that is summed, however small it comes out: values are of order 1, for
+which the elementwise tolerance is made, and the scores (deviation 7) come from the queries.
 """
 
 import math
@@ -10,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from compare import assert_close
+from compare import assert_close, relative_l2
 from minidsv.kernels.combine_triton import combine, combine_values
 from minidsv.kernels.pdl import is_interpreted, triton_mode
 from minidsv.kernels.set_mla_kv_buffer import (
@@ -28,7 +32,7 @@ QUERY = torch.float16 if is_interpreted() else torch.bfloat16
 PLAIN = "float16" if is_interpreted() else "bfloat16"
 E4M3 = torch.float8_e4m3fn
 SLOTS = 4096
-KV_SCALE, Q_SCALE = 0.0625, 0.03125
+KV_SCALE, Q_SCALE = 2.0**-7, 2.0**-2
 DIMS = [(128, 64)] if is_interpreted() else [(512, 64), (128, 64)]
 HEADS = [1, 70] if is_interpreted() else [1, 4, 16, 17, 64, 100, 128]
 TOPK = [21] if is_interpreted() else [1, 64, 100, 2048]
@@ -67,9 +71,9 @@ def inputs(layout: str, tokens: int, heads: int, topk: int, c: int, r: int):
     written = torch.randperm(SLOTS, generator=generator)[: max(topk, 40)]
     written = written[written != 0]  # slot 0 stays poison: none is not slot 0
     rows = torch.randn(len(written), c + r, generator=generator)
-    rows *= torch.logspace(-3, 3, len(written), base=2.0)[:, None]  # scales differ by row
+    rows *= torch.logspace(-6, 0, len(written), base=2.0)[:, None]  # scales differ by row
     rows[:, : c // 2] *= 0.1  # and by group
-    query = torch.randn(tokens, heads, c + 2 * r, generator=generator) * 0.5
+    query = torch.randn(tokens, heads, c + 2 * r, generator=generator) * 4
     query[..., c : c + r] = float("nan")
     query = query.to(DEVICE, QUERY)
     kv_buffer = cache(layout.removesuffix("_query"), rows, c, written)
@@ -98,6 +102,7 @@ def test_against_the_reference(layout: str, c: int, r: int, heads: int) -> None:
             want = sparse_mla_ref(*args, **scales(layout))
             name = f"{tokens} tokens, top {topk}"
             assert_close(name, got[0], want, "bf16")
+            assert not want.any() or relative_l2(got[0], want) < 5e-3, name
             assert not got[0][2::4].count_nonzero(), f"{name}: no slot, no zeros"
             for mode, other in zip(modes, got, strict=True):
                 assert torch.equal(other, got[0]), f"{name}: {mode} differs"
@@ -162,15 +167,17 @@ def test_fp8_against_full_precision(layout: str) -> None:
     assert_close(layout, got, want, "fp8_weight")
 
 
-def test_latents_beyond_the_range_of_f16() -> None:
+@pytest.mark.skipif(is_interpreted(), reason="operands are fp16, as queries are")
+@pytest.mark.parametrize("heads", [4, 64])
+def test_latents_beyond_the_range_of_f16(heads: int) -> None:
     """fp8 rows from 1e-6 to 1e7 in one token; the scores come from the rope part alone."""
     c, r = DIMS[0]
     written = torch.arange(1, 65)
     rows = torch.randn(64, c + r, generator=torch.Generator().manual_seed(8))
     rows[:, :c] *= torch.logspace(-6, 7, 64)[:, None]
     kv_buffer = cache("fp8", rows, c, written)
-    q_pe = torch.randn(1, 4, r, generator=torch.Generator().manual_seed(9)).to(DEVICE, QUERY)
-    q_latent = torch.zeros(1, 4, c, dtype=QUERY, device=DEVICE)
+    q_pe = torch.randn(1, heads, r, generator=torch.Generator().manual_seed(9)).to(DEVICE, QUERY)
+    q_latent = torch.zeros(1, heads, c, dtype=QUERY, device=DEVICE)
     for count in (8, 64):  # the small ones alone too
         args = q_latent, q_pe, kv_buffer, written[None, :count].contiguous().to(DEVICE), 0.1
         got = sparse_mla(*args, out_dtype=torch.float32, pdl="prefetch")
