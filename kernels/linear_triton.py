@@ -32,7 +32,8 @@ def project(
     launches where the tile does not take it. BF16 weights beside FP8 ones take another, unless a
     gate's (fp32 out).
     """
-    tile = launch_config("linear", len(x), (_size(segments), sum(len(s.weight) for s in segments)))
+    dims = _size(segments), sum(len(s.weight) for s in segments), x.shape[1]
+    tile = launch_config("linear", len(x), dims)
     if norm is not None and not takes_norm(tile):
         x, total = pre_norm(norm, mode)
         return project(x, segments, mode)[0], total

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from minidsv.kernels.tile import Rule, Tile
 
+SHORT = 2048  # columns of a short sum
 FEW_ROWS = 4096  # fewer than these make too few programs in the tiles for many
 NORMED_TOKENS = 1  # each program would read the residual of more tokens, and the update, from L2
 
@@ -19,24 +20,25 @@ NORMED_TOKENS = 1  # each program would read the residual of more tokens, and th
 class Tiles:
     """Of projections of one type of weight and few or many rows."""
 
-    gemv: Tile
+    gemv: tuple[Tile, Tile]  # of short and of long sums
     narrow: tuple[Tile, ...]  # rising block_m
     wide: tuple[Tile, ...]
 
-    def for_tokens(self, m: int) -> Tile:
+    def for_tokens(self, m: int, columns: int) -> Tile:
         """The first that holds m tokens; else the last."""
-        if m <= self.gemv.block_m:
-            return self.gemv
+        if m <= 1:
+            return self.gemv[columns > SHORT]
         tiles = (*self.narrow, *self.wide)
         return next((tile for tile in tiles if m <= tile.block_m), tiles[-1])
 
 
+LONG_SUM = Tile(1, 4, 2048, num_stages=1)
 FP8_WIDE = (Tile(64, 64, 128), Tile(128, 128, 128, num_warps=8))
 BF16_WIDE = (Tile(64, 64, 64, num_stages=4), Tile(128, 128, 64, num_warps=8))
 LINEAR = {  # by bytes of a weight; few rows, many rows
     1: (
         Tiles(
-            Tile(1, 4, 2048, num_stages=1),
+            (LONG_SUM, LONG_SUM),
             (
                 Tile(8, 16, 128, split=4, num_stages=4),
                 Tile(16, 16, 128, split=4, num_stages=4),
@@ -45,19 +47,19 @@ LINEAR = {  # by bytes of a weight; few rows, many rows
             FP8_WIDE,
         ),
         Tiles(
-            Tile(1, 8, 1024, num_stages=1),
+            (Tile(1, 8, 512, num_warps=2, num_stages=1), LONG_SUM),
             (Tile(8, 32, 128, split=4), Tile(16, 32, 128, split=4)),
             FP8_WIDE,
         ),
     ),
     2: (
         Tiles(
-            Tile(1, 4, 2048, num_stages=1),
+            (LONG_SUM, LONG_SUM),
             (Tile(8, 16, 128, split=4), Tile(16, 32, 128, split=4)),
             BF16_WIDE,
         ),
         Tiles(
-            Tile(1, 8, 1024, num_stages=1),
+            (Tile(1, 8, 1024, num_stages=1), Tile(1, 8, 1024, num_stages=1)),
             (Tile(8, 64, 128, split=4), Tile(16, 32, 128, split=4)),
             BF16_WIDE,
         ),
@@ -71,9 +73,9 @@ PREPARED_TOKENS = PREPARE[-1].block_m  # most that attention_prep takes in one l
 
 
 def linear(m: int, dims: tuple[int, ...]) -> Tile:
-    """dims (bytes of a weight, rows of all projections)."""
-    size, rows = dims
-    return LINEAR[size][rows >= FEW_ROWS].for_tokens(m)
+    """dims (bytes of a weight, rows of all projections, columns)."""
+    size, rows, columns = dims
+    return LINEAR[size][rows >= FEW_ROWS].for_tokens(m, columns)
 
 
 def takes_norm(tile: Tile) -> bool:

@@ -20,24 +20,12 @@ NORM_ROUTER_SOME = Tile(block_m=16, block_n=8, block_k=256, split=4, num_warps=4
 NORM_ROUTER_TILES = (NORM_ROUTER_LONE, NORM_ROUTER_FEW, NORM_ROUTER_SOME)
 NORM_ROUTER_TOKENS = 64  # more: the norm has a launch of its own, the sum is read once
 
-FEW_TOKENS = 8  # columns of the tiles for few tokens, whose experts one program sums
-
-# By bytes of a weight. `split` parts of 128 columns a step, one a warp; gate_up has block_n rows of
-# gate and as many of up. All of down's programs run at once: few stages, for two a multiprocessor.
-FEW_GATE_UP: dict[int, tuple[Tile, ...]] = {
-    1: (Tile(FEW_TOKENS, 16, split=4, num_stages=4),),
-    2: (Tile(FEW_TOKENS, 16, split=4, num_stages=3),),
-}
-FEW_DOWN: dict[int, tuple[Tile, ...]] = {
-    1: (Tile(FEW_TOKENS, 32, split=4, num_stages=4), Tile(FEW_TOKENS, 16, split=4, num_stages=4)),
-    2: (Tile(FEW_TOKENS, 32, split=4, num_stages=3), Tile(FEW_TOKENS, 16, split=4, num_stages=3)),
-}
-
 DECODE = Tile(block_m=16, block_n=64, block_k=128, num_warps=4, num_stages=5)
+NARROW = Tile(block_m=16, block_n=32, block_k=128, num_warps=4, num_stages=6)
 MEDIUM = Tile(block_m=32, block_n=128, block_k=128, num_warps=4, num_stages=4)
 WIDE = Tile(block_m=64, block_n=128, block_k=128, num_warps=8, num_stages=3)
 PREFILL = Tile(block_m=128, block_n=128, block_k=128, num_warps=8, num_stages=3)
-MLP_TILES = (DECODE, MEDIUM, WIDE, PREFILL)
+MLP_TILES = (DECODE, NARROW, MEDIUM, WIDE, PREFILL)
 
 
 def router_gemm(m: int, dims: tuple[int, ...]) -> Tile:
@@ -63,25 +51,21 @@ def _by_tokens_an_expert(m: int, experts: int, top_k: int) -> Tile:
     return PREFILL
 
 
-def few_gate_up(m: int, dims: tuple[int, ...]) -> Tile:
-    """dims (bytes of a weight, hidden)."""
-    return FEW_GATE_UP[dims[0]][0]
+def moe_gate_up(m: int, dims: tuple[int, ...]) -> Tile:
+    """dims (experts, top_k, hidden, inner): few rows make many programs for a narrow shard."""
+    experts, top_k, _, inner = dims
+    tile = _by_tokens_an_expert(m, experts, top_k)
+    return NARROW if tile is DECODE and m * top_k * inner <= 8 * 512 else tile
 
 
-def few_down(m: int, dims: tuple[int, ...]) -> Tile:
-    """dims (bytes of a weight, hidden): fewer rows a program where there are few in all."""
-    return FEW_DOWN[dims[0]][dims[1] < 4096]
-
-
-def moe(m: int, dims: tuple[int, ...]) -> Tile:
-    """dims (experts, top_k): gate_up and down beyond FEW_TOKENS."""
-    return _by_tokens_an_expert(m, *dims)
+def moe_down(m: int, dims: tuple[int, ...]) -> Tile:
+    """dims (experts, top_k, hidden, inner)."""
+    return _by_tokens_an_expert(m, *dims[:2])
 
 
 TILES: dict[str, Rule] = {
     "router_gemm": router_gemm,
     "norm_router_gemm": norm_router_gemm,
-    "few_gate_up": few_gate_up,
-    "few_down": few_down,
-    "moe": moe,
+    "moe_gate_up": moe_gate_up,
+    "moe_down": moe_down,
 }

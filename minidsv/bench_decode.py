@@ -81,10 +81,10 @@ def start(rig: Rig, variant: str, layers: int, batch: int, context: int) -> Step
     graphs = capture(rig, model, batch, context)
     outputs = graphs.replay(step)  # which is where every replay leaves its own
     graphs.buffers.fill(step, batch)
-    ((key, graph),) = graphs.graphs.items()
+    (key,) = graphs.graphs
 
     def replay() -> tuple[Tensor, Tensor]:
-        graph.replay()
+        graphs.graphs[key].replay()  # `graphs` keeps the model, whose tensors the graph reads
         return outputs
 
     return Stepper(replay, graphs.buffers.batch(batch, key.max_seq_len))

@@ -21,8 +21,7 @@ TOLERANCE = "fp32_logits" if is_interpreted() else "bf16"
 CASES = [(1, 4, 2, 128, 128, 128), (3, 4, 2, 160, 96, 32), (21, 3, 1, 128, 64, 0)]
 if not is_interpreted():
     CASES = [(0, 8, 2, 256, 128, 128), (1, 8, 2, 256, 128, 128), (1, 256, 8, 7168, 256, 256),
-             (2, 8, 2, 256, 128, 0), (8, 32, 8, 7168, 512, 512), (6, 8, 2, 272, 144, 80),
-             (3, 64, 6, 2048, 1408, 2816), (9, 8, 2, 256, 128, 128), (33, 8, 2, 256, 128, 128),
+             (2, 8, 2, 256, 128, 0), (3, 64, 6, 2048, 1408, 2816), (33, 8, 2, 256, 128, 128),
              (64, 256, 8, 1024, 256, 256), (700, 64, 6, 512, 128, 256),
              (600, 8, 2, 256, 128, 128), (150, 8, 2, 256, 384, 128), (17, 16, 4, 272, 144, 80),
              (2100, 64, 6, 2048, 1408, 2816)]  # fmt: skip
@@ -101,35 +100,6 @@ def test_faint_tokens_keep_their_bits(tokens: int) -> None:
     assert want.abs().max() < 1e-6
     for mode in MODES:
         assert relative_l2(swiglu_mlp(x, *weights, pdl=mode), want) < 1e-2
-
-
-@pytest.mark.parametrize("tokens", [3, 8])
-def test_a_broken_token_breaks_no_other(tokens: int) -> None:
-    """NaN in its activations or in its weights."""
-    stacks, shared = mlp(False, 4, 128, 64, seed=1), one(mlp(False, 1, 128, 64, seed=3))
-    x, ids = tokens_of(tokens, 128), randn(tokens, 4, seed=5).topk(2).indices
-    weights = torch.rand(tokens, 2, device=DEVICE)
-    for mode in MODES:
-        want = moe_experts(x, weights, ids, *stacks, *shared, pdl=mode)
-        nan_x, nan_weights = x.clone(), weights.clone()
-        nan_x[1] = nan_weights[1, 1] = float("nan")
-        for inputs in ((nan_x, weights), (x, nan_weights)):
-            got = moe_experts(*inputs, ids, *stacks, *shared, pdl=mode)
-            assert got[1].isnan().all()
-            got[1] = want[1]
-            assert torch.equal(got, want)
-
-
-@pytest.mark.parametrize("ids", [[[2, 2]], [[3, 0], [0, 0], [3, 1]], [[1, 1]] * 8, [[1, 2]] * 9])
-def test_an_expert_may_be_named_twice(ids: list[list[int]]) -> None:
-    """By one token, by several, by all; the order of the slots is not that of the experts."""
-    stacks, shared = mlp(False, 5, 128, 64, seed=1), one(mlp(False, 1, 128, 64, seed=3))
-    x, choices = tokens_of(len(ids), 128), torch.tensor(ids, device=DEVICE)
-    weights = torch.rand(choices.shape, device=DEVICE)
-    for mode in MODES:
-        got = moe_experts(x, weights, choices, *stacks, *shared, pdl=mode)
-        want = moe_experts_ref(x, weights, choices, *stacks, *shared)
-        assert_close("experts", got, want, TOLERANCE)
 
 
 @pytest.mark.parametrize(("slots", "experts", "bt"), [(1, 4, 16), (600, 5, 32), (5000, 3, 128)])
