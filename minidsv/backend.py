@@ -17,9 +17,9 @@ def settle_backend(config: EngineConfig, capability: Capability | None) -> str:
     `capability` is the device's, None without CUDA. Raises ConfigError where the one asked for
     cannot run.
     """
-    if config.backend == "auto":
-        return "torch"  # until the `gpu` tests of the whole chain have run: docs/DESIGN.md
     missing = _missing_for_triton(config, capability)
+    if config.backend == "auto":
+        return "triton" if missing is None else "torch"
     if config.backend == "flashinfer":
         missing = missing or _missing_for_flashinfer(config)
     if config.backend == "torch" or missing is None:

@@ -188,7 +188,8 @@ def experts(d: Dims, m: int) -> Iterator[Case]:
 
     def choices(seed: int) -> tuple[Tensor, Tensor]:
         logits = normal(seed, m, d.experts, dtype=torch.float32)
-        return grouped_topk(logits, torch.zeros(d.experts, device="cuda"), **options)
+        weights, ids = grouped_topk(logits, torch.zeros(d.experts, device="cuda"), **options)
+        return weights, ids.contiguous()
 
     def mlp(seed: int) -> Run:
         weights, ids = choices(seed)

@@ -111,7 +111,7 @@ def profile_table(result: Result) -> str:
 
 def kernels_table(result: Result) -> str:
     """scripts/bench_kernels.py's rows; wrong ones by name."""
-    peak = result["copy_gb_per_s"]
+    peak = result["read_gb_per_s"]
     modes = list(result["rows"][0]["us"]) if result["rows"] else []
     rows = []
     for row in result["rows"]:
@@ -120,7 +120,7 @@ def kernels_table(result: Result) -> str:
             [row["dims"], row["op"], row["shape"], *(number(row["us"][m], 2) for m in modes),
              number(speed, 0), percent(speed / peak)]
         )  # fmt: skip
-    text = f"{result['header']}, copy {number(peak, 0)} GB/s\n\n"
+    text = f"{result['header']}, memory read at {number(peak, 0)} GB/s\n\n"
     text += table(["dims", "op", "shape", *modes, "GB/s", "of peak"], rows)
     return "\n\n".join([text, *(f"**wrong:** {wrong}" for wrong in result["wrong"])])
 

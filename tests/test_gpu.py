@@ -31,7 +31,8 @@ def test_float32_logits(family: str, length: int, checkpoints: dict[str, Path]) 
 @pytest.mark.parametrize("index", ["float32", "bfloat16", "fp8"])
 def test_every_cache_dtype_retrieves(kv: str, index: str) -> None:
     """The bundled model, FP8 weights and bf16 compute, finds its answers past index_topk."""
-    llm = LLM(device="cuda", kv_cache_dtype=kv, index_cache_dtype=index, num_pages=100)
+    caches = {"kv_cache_dtype": kv, "index_cache_dtype": index}
+    llm = LLM(device="cuda", backend="torch", num_pages=100, **caches)
     tokenizer = llm.engine.tokenizer
     questions = eval_questions(
         "retrieval_open", 12, 3, 384, lambda text: len(tokenizer.encode(text)) - 1

@@ -126,11 +126,11 @@ def test_a_profile_and_its_picture(tree: Path) -> None:
 def test_operators(tree: Path) -> None:
     us = {"off": 9.0, "seed": 8.5, "on": 8.25, "prefetch": 8.0}
     row = {"dims": "full", "op": "q_b", "shape": "M=1", "nbytes": 16_000_000, "us": us}
-    add(tree, "kernels.json", {"header": "H100", "copy_gb_per_s": 3000.0, "rows": [row],
+    add(tree, "kernels.json", {"header": "H100", "read_gb_per_s": 3000.0, "rows": [row],
                                "wrong": ["topk"]})  # fmt: skip
     page, _ = generated(tree)
     assert "## kernels: operators alone" in page
-    assert "H100, copy 3,000 GB/s" in page
+    assert "H100, memory read at 3,000 GB/s" in page
     assert "| full | q_b | M=1 | 9.00 | 8.50 | 8.25 | 8.00 | 2,000 | 66.7 % |" in page
     assert "**wrong:** topk" in page
 

@@ -68,7 +68,10 @@ TRITON = {"backend": "triton"}
          ("float32", "fp8", "fp8", "torch", "off")),
         (None, {}, ("bfloat16", "bfloat16", "bfloat16", "torch", "off")),  # ROCm
         ((7, 5), NO_FP8, ("bfloat16", "bfloat16", "bfloat16", "torch", "off")),
-        ((9, 0), {}, ("bfloat16", "bfloat16", "fp8", "torch", "off")),
+        ((9, 0), {}, ("bfloat16", "bfloat16", "fp8", "triton", "on")),
+        ((9, 0), {"max_num_batched_tokens": 65536},
+         ("bfloat16", "bfloat16", "fp8", "torch", "off")),
+        ((8, 0), NO_FP8, ("bfloat16", "bfloat16", "bfloat16", "triton", "off")),
         ((8, 0), {**NO_FP8, **TRITON}, ("bfloat16", "bfloat16", "bfloat16", "triton", "off")),
         ((9, 0), TRITON, ("bfloat16", "bfloat16", "fp8", "triton", "on")),
         ((9, 0), {**TRITON, "pdl": "on"}, ("bfloat16", "bfloat16", "fp8", "triton", "on")),

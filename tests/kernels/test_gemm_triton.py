@@ -139,9 +139,10 @@ def test_normed_linear(kinds: str, added: bool) -> None:
 
             def run(mode, x=x, segments=segments, sizes=sizes):
                 outputs, residual = normed_linear(x, segments, mode)
-                return [*(o / n for o, n in zip(outputs, sizes, strict=True)), residual]
+                scaled = [(o / n).to(DTYPE) for o, n in zip(outputs, sizes, strict=True)]
+                return [*scaled, residual]
 
-            scaled = [w / n for w, n in zip(want, sizes, strict=True)]
+            scaled = [(w / n).to(DTYPE) for w, n in zip(want, sizes, strict=True)]
             check(f"{tokens} tokens of {k}", run, [*scaled, total.to(DTYPE)])
 
 

@@ -102,7 +102,7 @@ def test_against_the_reference(layout: str, c: int, r: int, heads: int) -> None:
             want = sparse_mla_ref(*args, **scales(layout))
             name = f"{tokens} tokens, top {topk}"
             assert_close(name, got[0], want, "bf16")
-            assert not want.any() or relative_l2(got[0], want) < 5e-3, name
+            assert not want.any() or relative_l2(got[0], want) < 8e-3, name
             assert not got[0][2::4].count_nonzero(), f"{name}: no slot, no zeros"
             for mode, other in zip(modes, got, strict=True):
                 assert torch.equal(other, got[0]), f"{name}: {mode} differs"
