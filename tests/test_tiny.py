@@ -147,8 +147,10 @@ def test_transformers_agrees(llm: LLM, retrieval: list[Question]) -> None:
     config._attn_implementation = "eager"
     model = DeepseekV32ForCausalLM(config).eval()
     state = {
-        name: data.float() if scale is None else dequantize_fp8_blocks(data, scale)
-        for name, _, data, scale in Checkpoint(folder, ModelConfig.from_path(folder)).tensors()
+        piece.name: piece.data.float()
+        if piece.scale is None
+        else dequantize_fp8_blocks(piece.data, piece.scale)
+        for piece in Checkpoint(folder, ModelConfig.from_path(folder)).tensors()
     }
     for layer in range(config.first_k_dense_replace, config.num_hidden_layers):
         prefix = f"model.layers.{layer}.mlp.experts."
