@@ -16,16 +16,14 @@ from minidsv.kernels.index_cache import fp8_page_bytes, read_index_k_buffer
 from minidsv.kernels.pdl import PdlMode, triton_mode
 
 _REF_ELEMENTS = 1 << 20  # scores of all heads that the reference holds at a time: 4 MiB
-_ELEMENTS = (
-    1 << 25
-)  # scores that a chunk of rows may have: 128 MiB, and as much again twice to select
+CHUNK_SCORES = 1 << 25  # of a chunk of rows: 128 MiB, and twice as much to select from them
 
 
 def chunk_rows(q: Tensor, max_seq_len: int, pdl: PdlMode | None = None) -> int:
     """Rows of q [T, H, D] to score at a time."""
     if triton_mode(q, pdl) is None:
         return max(1, _REF_ELEMENTS // (q.shape[1] * max_seq_len))
-    return max(1, _ELEMENTS // max_seq_len)
+    return max(1, CHUNK_SCORES // max_seq_len)
 
 
 def paged_index_logits_ref(

@@ -18,8 +18,6 @@ from minidsv.bench_timing import times_us
 from minidsv.block_manager import pages_for
 from minidsv.graph import DecodeGraphs
 from minidsv.kernels.argmax import argmax
-from minidsv.kernels.norm import PreNorm, pre_norm
-from minidsv.kernels.router import grouped_topk, router_gemm
 from minidsv.model import DeepseekV32
 from minidsv.moe import MoE
 
@@ -131,21 +129,10 @@ class CountedMoE(MoE):
         vars(self).update(vars(moe))
         self.batch, self.distinct = batch, distinct
 
-    def __call__(self, x: PreNorm) -> tuple[Tensor, Tensor]:
-        c = self.config
-        normed, _ = pre_norm(x, self.pdl)
-        _, ids = grouped_topk(
-            router_gemm(normed, self.gate, pdl=self.pdl),
-            self.gate_bias,
-            top_k=c.num_experts_per_tok,
-            n_group=c.n_group,
-            topk_group=c.topk_group,
-            norm_topk_prob=c.norm_topk_prob,
-            routed_scaling_factor=c.routed_scaling_factor,
-            pdl=self.pdl,
-        )
+    def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        weights, ids = super().choose(logits)
         self.distinct.append(len(ids[: self.batch].unique()))
-        return super().__call__(x)
+        return weights, ids
 
 
 def distinct_experts(

@@ -23,18 +23,8 @@ class MoE:
 
     def __call__(self, x: PreNorm) -> tuple[Tensor, Tensor]:
         """x [T, hidden] -> (the mixture [T, hidden], the residual)."""
-        c = self.config
         logits, normed, residual = norm_router_gemm(x, self.gate, self.pdl)
-        weights, ids = grouped_topk(
-            logits,
-            self.gate_bias,
-            top_k=c.num_experts_per_tok,
-            n_group=c.n_group,
-            topk_group=c.topk_group,
-            norm_topk_prob=c.norm_topk_prob,
-            routed_scaling_factor=c.routed_scaling_factor,
-            pdl=self.pdl,
-        )
+        weights, ids = self.choose(logits)
         out = moe_experts(
             normed,
             weights,
@@ -50,3 +40,17 @@ class MoE:
             pdl=self.pdl,
         )
         return out, residual
+
+    def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The router's logits fp32 [T, E] -> (weights fp32, expert ids int64), each [T, top_k]."""
+        c = self.config
+        return grouped_topk(
+            logits,
+            self.gate_bias,
+            top_k=c.num_experts_per_tok,
+            n_group=c.n_group,
+            topk_group=c.topk_group,
+            norm_topk_prob=c.norm_topk_prob,
+            routed_scaling_factor=c.routed_scaling_factor,
+            pdl=self.pdl,
+        )

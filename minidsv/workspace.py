@@ -6,13 +6,13 @@ reach max_model_len. `tests/test_memory.py` holds the formulas to what the opera
 
 from minidsv.config import ModelConfig
 from minidsv.engine_config import EngineConfig
+from minidsv.kernels.indexer_logits import CHUNK_SCORES
 from minidsv.kernels.tiles_indexer import CHUNK
 from minidsv.scheduler import MAX_LOGIT_ROWS
 from minidsv.tensor_table import tensor_table
 
 SAFETY = 1.1  # the allocator's rounding, and what libraries take inside an operator
 SMALL = 32 << 20  # step metadata, angles, split sums, the expert plan
-SCORES = 1 << 25  # of the indexer, in a chunk of rows (kernels/indexer_logits.py)
 REF_CHUNK = 16 << 20  # bytes of rows that the reference attention gathers (kernels/sparse_mla.py)
 SAMPLER_BYTES = 64  # a logit of a sampled row: edits, penalties, sorts, noise (minidsv/sampler.py)
 
@@ -60,7 +60,7 @@ def _triton_stages(c: ModelConfig, config: EngineConfig, tokens: int, rows: int)
     s = _Sizes(c, config, tokens, rows)
     projected = 5 * s.hidden + s.qr + s.q + s.index_q + s.gate  # x and sums of two blocks
     score = 12 if s.keys > CHUNK else 4  # bytes: with its place where it survives the sifting
-    scored = min(tokens, max(1, SCORES // s.keys))
+    scored = min(tokens, max(1, CHUNK_SCORES // s.keys))
     selection = score * scored * s.keys if s.scores else 0
     inner = c.moe_intermediate_size * 2
     routed = s.chosen * (c.hidden_size * 2 + inner) + s.hidden + tokens * inner * c.n_shared_experts
