@@ -47,14 +47,15 @@ MODELS = {
 }
 
 
-def model_config(name: str) -> ModelConfig:
-    """A dense layer and one with experts, which in GLM-5.2 owns no indexer."""
+def model_config(name: str, layers: int = 2) -> ModelConfig:
+    """A dense layer and some with experts, of which in GLM-5.2 the first 3 own no indexer."""
     config = ModelConfig.from_path(CONFIGS / MODELS[name])
+    types = ("full", *config.indexer_types[3:])
     return replace(
         config,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         first_k_dense_replace=1,
-        indexer_types=config.indexer_types[2:4],
+        indexer_types=types[:layers],
     )
 
 
@@ -152,15 +153,16 @@ def test_every_launch_is_a_row(name: str, weights: str, launches: Launches) -> N
     assert not missing, "\n".join(missing)
 
 
-@pytest.mark.parametrize("name", ["bundled", "deepseek_v32", "glm52"])
-def test_nothing_compiles_in_a_request(name: str, launches: Launches) -> None:
+@pytest.mark.parametrize(("name", "kinds"), [("bundled", 2), ("deepseek_v32", 2), ("glm52", 3)])
+def test_nothing_compiles_in_a_request(name: str, kinds: int, launches: Launches) -> None:
     """All that any step launches was launched by the warm-up, whatever its sizes."""
-    config = model_config(name)
+    config = model_config(name, layers=5 if kinds == 3 else 3)
     cache = KVCache.allocate(config, 200, "fp8", "fp8", META)
     model = DeepseekV32(config, meta_weights(config, True), cache, Operators("off"))
-    bounds = context_bounds(config.index_topk, 70_016)
+    bounds, short = context_bounds(config.index_topk, 70_016), model.abridged()
+    assert len(short.layers) == kinds
     for step in warm_up_steps(bounds, 200, 8192, 199, META):
-        argmax(model.forward(step)[1], "off")
+        argmax(short.forward(step)[1], "off")
     warm = {f"{spec.name} {row}" for spec, row in launches.rows}
     for step in steps():
         argmax(model.forward(step)[1], "off")
