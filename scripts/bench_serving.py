@@ -10,6 +10,7 @@ otherwise: there it fails unless the two part at a near tie, at most TIE apart i
 Prints a table, and JSON as its last line; progress goes to standard error.
 """
 
+import faulthandler
 import json
 import math
 import os
@@ -131,6 +132,7 @@ class Client:
         self._task, self._limit, self._served = json.dumps(task), limit, threading.Event()
         self._failure = "it was ended with the server"
         self._output = ""
+        signal.signal(signal.SIGTERM, self._interrupt)  # until the server has handlers of its own
         self._process = subprocess.Popen(
             [sys.executable, str(CLIENT)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -151,6 +153,12 @@ class Client:
             say(f"the client failed ({self._failure}), and the server does not end")
             os._exit(1)
 
+    def _interrupt(self, *_: object) -> None:
+        raise self._error()
+
+    def _error(self) -> SystemExit:
+        return SystemExit(f"error: the client failed: {self._failure}")
+
     def end(self) -> None:
         """The server has ended."""
         self._served.set()
@@ -160,7 +168,7 @@ class Client:
     def answers(self) -> tuple[list[list[Answer]], str]:
         """(the streamed answers of each group, the metrics page). Raises SystemExit."""
         if self._failure:
-            raise SystemExit(f"error: the client failed: {self._failure}")
+            raise self._error()
         output = json.loads(self._output)
         return [[Answer(**one) for one in group] for group in output["groups"]], output["metrics"]
 
@@ -171,7 +179,6 @@ def serve_and_ask(
     """What `Client.answers` gives. Raises SystemExit if server or client fails or is ended."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    signal.signal(signal.SIGTERM, ended)  # until the server has handlers of its own
     client = Client({"port": port, "groups": bodies, "limit": limit}, limit)
     options = ServerOptions(port=port, log_level="warning", drain_seconds=0)
     try:
@@ -181,10 +188,6 @@ def serve_and_ask(
     if code:
         raise SystemExit(code)
     return client.answers()
-
-
-def ended(*_: object) -> None:
-    raise SystemExit("error: ended by a signal before the server ran")
 
 
 @app.command(help=__doc__)
@@ -199,6 +202,8 @@ def bench_serving(
         float, typer.Option(min=1, help="seconds for the server and its client")
     ] = 300,
 ) -> None:
+    faulthandler.register(signal.SIGTERM, chain=True)  # a run that is cut off says where it stood
+    say("building the engine; with a cold cache Triton compiles for minutes")
     llm = LLM(**engine)
     say(f"engine ready: {llm.engine.runner.describe()}")
     runner, model = llm.engine.runner, llm.engine.model_config

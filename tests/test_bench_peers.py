@@ -1,6 +1,8 @@
 """What scripts/bench_peers.py hands to other libraries, with PyTorch in their place."""
 
+import json
 import sys
+from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,15 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 
+import bench_kernels
 import bench_peers
-from bench_inputs import Launch, Run, relative_error, tensors
-from bench_peers import PEERS, Refused, peer_time
+from bench_inputs import Case, Launch, Run, relative_error, tensors
+from bench_kernels import measure, report
+from bench_peers import PEERS, PeerTime, Refused, peer_time
 from minidsv.kernels.absorb import absorb_q, absorb_v
 from minidsv.kernels.gemm import Segment, fused_linear
 from minidsv.kernels.index_cache import fp8_page_bytes, read_index_k_buffer
 from minidsv.kernels.indexer_logits import paged_index_logits
 from minidsv.kernels.moe import moe_experts
 from minidsv.kernels.norm import add_rms_norm, rms_norm, rms_norm_ref
+from minidsv.kernels.pdl import PDL_MODES
 from minidsv.kernels.quant import (
     dequantize_fp8_blocks,
     dequantize_groups,
@@ -181,3 +186,25 @@ def test_a_library_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "deep_gemm", None)
     with pytest.raises(Refused, match="ModuleNotFoundError: import of deep_gemm halted"):
         peer_time([LAUNCHES[0]], "off")
+
+
+def test_a_row_with_and_without_its_peer(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As bench_kernels.py prints and writes them; why a peer is missing is said once."""
+    monkeypatch.setattr(bench_kernels, "graph_us", lambda runs: float(len(runs)))
+    case = Case("rms_norm", "M=3", (10**9, 1), lambda seed: LAUNCHES[8])
+    refusals = set[str]()
+    row = measure("full", case, PDL_MODES, refusals)
+    assert row.peer == PeerTime("flashinfer.rmsnorm", 2.0, 3.0, pytest.approx(0, abs=8e-3))
+    assert json.loads(json.dumps(asdict(row)))["peer"]["us"] == 2.0
+    assert report(row, 3000.0).endswith("2.00  1.50x flashinfer.rmsnorm")
+    monkeypatch.setitem(sys.modules, "flashinfer.norm", None)
+    assert measure("full", case, PDL_MODES, None).peer is None
+    assert capsys.readouterr().err == ""
+    rows = [measure("full", case, PDL_MODES, refusals) for _ in range(2)]
+    assert [row.peer for row in rows] == [None, None]
+    assert report(rows[0], 3000.0).endswith("x")
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert said[0].startswith("no peer of rms_norm: ModuleNotFoundError: import of flashinfer.norm")

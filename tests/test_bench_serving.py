@@ -14,6 +14,7 @@ from bench_serving import Answer
 SCRIPT = Path(bench_serving.__file__)
 SMALL = ["--device", "cpu", "--num-pages", "16", "--prompt-tokens", "5", "--concurrency", "1"]
 LONG = '{"groups": [[{"output_ids": [], "times": []}]], "metrics": ""}' + " " * 200_000  # > a pipe
+WRONG = f"c.wait_until_ready(task['port'], 30); print({LONG!r})"
 PATCHED = f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); import bench_serving as b; "
 
 
@@ -42,32 +43,45 @@ def test_another_answer_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     ("client", "patch", "message"),
     [
         ("import no_such_package", "pass", "the client failed: exit code 1"),
-        ("import time; time.sleep(60)", "pass", "the client failed: not done after 2 s"),
+        ("import time; time.sleep(60)", "pass", "the client failed: not done after 5 s"),
         (None, "b.CLIENT = b.CLIENT.with_name('absent.py')", "the client failed: exit code 2"),
         (None, "s = b.serve; b.serve = lambda _, o: s(lambda: 1 / 0, o)", "ZeroDivisionError"),
         (None, "b.serve = lambda *_: 1 / 0", "ZeroDivisionError"),
-        (f"print({LONG!r})", "pass", "1 of 1 streamed answers differ"),
+        (
+            f"c.wait_until_ready(task['port'], 30); print({LONG!r})",
+            "pass",
+            "1 of 1 streamed answers differ",
+        ),
     ],
 )
 def test_every_failure_ends_it(
     client: str | None, patch: str, message: str, tmp_path: Path
 ) -> None:
     if client is not None:
-        (tmp_path / "client.py").write_text(f"import sys; sys.stdin.read(); {client}\n")
+        path = f"import json, sys; sys.path.append({str(SCRIPT.parent)!r})"
+        task = "import bench_client as c; task = json.load(sys.stdin)"
+        (tmp_path / "client.py").write_text(f"{path}; {task}; {client}\n")
         patch = f"import pathlib; b.CLIENT = pathlib.Path({str(tmp_path / 'client.py')!r}); {patch}"
     command = [sys.executable, "-c", f"{PATCHED}{patch}; b.run_app(b.app)"]
-    command += [*SMALL, "--tokens", "4", "--limit", "2"]
+    command += [*SMALL, "--tokens", "4", "--limit", "5"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert run.returncode not in (0, None)
     assert message in run.stderr
 
 
-@pytest.mark.parametrize("line", ["engine ready", "client: the server is warm"])
-def test_sigterm_ends_it(line: str) -> None:
+@pytest.mark.parametrize(
+    ("line", "where"),
+    [
+        ("engine ready", "in bench_serving"),
+        ("client: the server is warm", "the client failed"),
+    ],
+)
+def test_sigterm_ends_it(line: str, where: str) -> None:
     command = [sys.executable, str(SCRIPT), *SMALL, "--tokens", "200"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as run:
         assert run.stderr is not None
         assert any(line in said for said in run.stderr)
         run.send_signal(signal.SIGTERM)
-        run.communicate(timeout=20)
+        _, rest = run.communicate(timeout=20)
+    assert where in rest
     assert run.returncode not in (0, None)
