@@ -119,7 +119,7 @@ def swiglu_mlp(
     if mode is None:
         return swiglu_mlp_ref(x, gate_up, gate_up_scale, down, down_scale)
     from minidsv.kernels.moe_triton import mlp_triton
-    from minidsv.kernels.moe_weights import Weights
+    from minidsv.kernels.moe_weights_triton import Weights
 
     return mlp_triton(x, Weights(gate_up, gate_up_scale, down, down_scale), mode)
 
@@ -158,7 +158,7 @@ def moe_experts(
     if mode is None:
         return moe_experts_ref(x, weights, ids, *stack, *shared)
     from minidsv.kernels.moe_triton import moe_triton
-    from minidsv.kernels.moe_weights import Weights
+    from minidsv.kernels.moe_weights_triton import Weights
 
     expert = None
     if shared_gate_up is not None and shared_down is not None:

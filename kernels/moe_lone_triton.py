@@ -18,7 +18,7 @@ from torch import Tensor
 from triton import cdiv, next_power_of_2
 
 from minidsv.kernels.launch import KernelSpec, Row, pdl_begin, pdl_end
-from minidsv.kernels.moe_weights import Weights, arguments, pointees, prefetch, rounded
+from minidsv.kernels.moe_weights_triton import Weights, arguments, pointees, prefetch, rounded
 from minidsv.kernels.pdl import PdlMode
 from minidsv.kernels.tile import Tile
 from minidsv.kernels.tiles_moe import LONE_DOWN_SUMS, LONE_GATE_UP_TILES

@@ -21,7 +21,7 @@ from minidsv.kernels.launch import KernelSpec, Row, pdl_begin, pdl_end
 from minidsv.kernels.launch_config import launch_config
 from minidsv.kernels.moe_lone_triton import lone
 from minidsv.kernels.moe_plan_triton import combine, prepare
-from minidsv.kernels.moe_weights import Weights, arguments, pointees, prefetch, rounded
+from minidsv.kernels.moe_weights_triton import Weights, arguments, pointees, prefetch, rounded
 from minidsv.kernels.pdl import PdlMode
 from minidsv.kernels.tile import Tile
 from minidsv.kernels.tiles_moe import MLP_TILES
