@@ -21,7 +21,7 @@ from minidsv.kernels.launch import KernelSpec, Row, pdl_begin, pdl_end
 from minidsv.kernels.moe_weights_triton import Weights, arguments, pointees, prefetch, rounded
 from minidsv.kernels.pdl import PdlMode
 from minidsv.kernels.tile import Tile
-from minidsv.kernels.tiles_moe import LONE_DOWN_SUMS, LONE_GATE_UP_TILES
+from minidsv.kernels.tiles_moe import LONE_DOWN_SUMS, LONE_GATE_UP_SUMS
 
 
 @triton.jit
@@ -145,9 +145,10 @@ def _lone_down_kernel(
     pdl_end(PDL)
 
 
-def up_sizes(tile: Tile) -> dict[str, int]:
+def up_sizes(tile: Tile, hidden: int) -> dict[str, int]:
     """The constants of gate_up, whose programs have block_n rows of gate and as many of up."""
-    return {"ROWS": tile.block_n, "C": tile.block_k, "STAGES": tile.num_stages}
+    columns = min(tile.block_k, next_power_of_2(hidden))
+    return {"ROWS": tile.block_n, "C": columns, "STAGES": tile.num_stages}
 
 
 def down_sizes(tile: Tile, inner: int, slots: int) -> dict[str, int]:
@@ -171,9 +172,9 @@ def _row(tile: Tile, fp8: bool, **more: str | int | float) -> Row:
 def _up_rows() -> tuple[Row, ...]:
     more = {"x": "*bf16:16", "shared_programs": "i32"}
     return tuple(
-        _row(tile, fp8, **more, **up_sizes(tile))
+        _row(tile, fp8, **more, **up_sizes(tile, hidden))
         for fp8 in (True, False)
-        for tile in LONE_GATE_UP_TILES
+        for tile, hidden in LONE_GATE_UP_SUMS
     )
 
 
@@ -226,7 +227,7 @@ def gate_up(
     """Fill h and shared_h of `args`."""
     programs = cdiv(args["shared_inner"], tile.block_n)
     args |= arguments(routed.gate_up, routed.gate_up_scale, shared.gate_up, shared.gate_up_scale)
-    args |= {"shared_programs": programs, **up_sizes(tile)}
+    args |= {"shared_programs": programs, **up_sizes(tile, args["hidden"])}
     grid = (programs + args["ids"].shape[1] * cdiv(routed.inner, tile.block_n),)
     LONE_GATE_UP.launch(grid, mode, args, tile.num_warps, tile.num_stages)
 

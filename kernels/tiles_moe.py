@@ -22,7 +22,7 @@ NORM_ROUTER_TOKENS = 64  # more: the norm has a launch of its own, the sum is re
 
 LONE_LONG = Tile(block_m=1, block_n=4, block_k=1024, num_warps=4, num_stages=1)
 LONE_SHORT = Tile(block_m=1, block_n=2, block_k=1024, num_warps=1, num_stages=1)
-LONE_GATE_UP_TILES = (LONE_LONG, LONE_SHORT)
+LONE_GATE_UP_SUMS = ((LONE_LONG, 7168), (LONE_SHORT, 7168), (LONE_SHORT, 256))
 LONE_DOWN = Tile(block_m=1, block_n=4, block_k=2048, num_warps=4, num_stages=1)
 LONE_DOWN_NARROW = Tile(block_m=1, block_n=2, block_k=2048, num_warps=1, num_stages=1)
 LONE_DOWN_SUMS = (  # with (inner, slots) that they are launched for
