@@ -193,7 +193,7 @@ def test_launches_of_an_attention(
             assert len(launches.names) == count, launches.names
 
 
-EXPERTS_OF_ONE = ["grouped_topk_kernel", "gate_up_kernel", "down_kernel", "combine_kernel"]
+EXPERTS_OF_ONE = ["grouped_topk_kernel", "lone_gate_up_kernel", "lone_down_kernel"]
 EXPERTS_OF_MANY = [
     "grouped_topk_kernel", "prepare_kernel", "gate_up_kernel", "down_kernel", "combine_kernel",
 ]  # fmt: skip
@@ -213,7 +213,7 @@ EXPERTS_OF_MANY = [
 def test_launches_of_a_moe_block(
     tokens: int, names: list[str], weights: str, launches: Launches
 ) -> None:
-    """A lone token's ids are its plan; up to 64 the norm is the router's."""
+    """A lone token needs no plan and no sum; up to 64 the norm is the router's."""
     config = model_config("deepseek_v32")
     block = MoE(config, LayerWeights(meta_weights(config, weights == "fp8"), 1), "off")
     x = torch.empty((2, tokens, config.hidden_size), dtype=torch.bfloat16, device=META)
