@@ -23,8 +23,8 @@ NARROW = {
 }
 WIDE = {
     "bf16": Tile(64, 64, num_warps=8, num_stages=2),
-    "fp8": Tile(64, 64, num_warps=8, num_stages=3),
-    "flat": Tile(64, 64, num_warps=8, num_stages=3),
+    "fp8": Tile(64, 64, num_warps=8, num_stages=1),
+    "flat": Tile(64, 64, num_warps=8, num_stages=1),
 }
 
 
