@@ -190,6 +190,33 @@ def serve_and_ask(
     return client.answers()
 
 
+def compared(
+    timing: tuple[float | None, float | None, float],
+    answers: list[Answer],
+    wanted: list[CompletionOutput],
+    tie: float,
+) -> Result:
+    """Streams beside `generate`'s (replay, idle share, step). Raises SystemExit if they part."""
+    ties = [gap(answer.output_ids, one) for answer, one in zip(answers, wanted, strict=True)]
+    different = sum(a.output_ids != w.token_ids for a, w in zip(answers, wanted, strict=True))
+    if max(ties) > tie:
+        raise SystemExit(
+            f"{different} of {len(ties)} streamed answers differ from generate's, by up to "
+            f"{max(ties):.3g} nats where they part"
+        )
+    gaps = sorted(b - a for answer in answers for a, b in pairwise(answer.times))
+    first, last = (f(t for a in answers for t in a.times) for f in (min, max))
+    return Result(
+        len(answers),
+        *timing,
+        itl_us=1e6 * statistics.median(gaps),
+        itl_p99_us=1e6 * gaps[len(gaps) * 99 // 100],
+        tokens_per_s=len(gaps) / (last - first),
+        different=different,
+        widest_tie=max(ties),
+    )
+
+
 @app.command(help=__doc__)
 @engine_options
 def bench_serving(
@@ -226,32 +253,10 @@ def bench_serving(
     body = {"stream": True, "sampling_params": sampling}
     bodies = [[json.dumps(body | {"input_ids": ids}) for ids in group] for group in groups]
     answers, page = serve_and_ask(llm, bodies, limit)
-    results = []
-    for count, (replay, idle, step_us), group, want in zip(
-        concurrency, measured, answers, wanted, strict=True
-    ):
-        ties = [gap(answer.output_ids, one) for answer, one in zip(group, want, strict=True)]
-        different = sum(a.output_ids != w.token_ids for a, w in zip(group, want, strict=True))
-        if max(ties) > TIE[runner.device.type]:
-            raise SystemExit(
-                f"{different} of {count} streamed answers differ from generate's, by up to "
-                f"{max(ties):.3g} nats where they part"
-            )
-        gaps = sorted(b - a for answer in group for a, b in pairwise(answer.times))
-        first, last = (f(t for a in group for t in a.times) for f in (min, max))
-        results.append(
-            Result(
-                count,
-                replay,
-                idle,
-                step_us,
-                1e6 * statistics.median(gaps),
-                1e6 * gaps[len(gaps) * 99 // 100],
-                count * (tokens - 1) / (last - first),
-                different,
-                max(ties),
-            )
-        )
+    results = [
+        compared(*each, TIE[runner.device.type])
+        for each in zip(measured, answers, wanted, strict=True)
+    ]
     report(llm, results, page)
 
 
