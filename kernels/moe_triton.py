@@ -4,7 +4,7 @@ Both multiply weight rows [ROWS, K] with tokens [K, BT], so that the weights are
 M side and few tokens waste little. A launch holds the shared expert's programs first (of a dense
 layer: all), then the routed experts' by the plan of `moe_plan_triton`. FP8 weights become bf16
 (exact), and each 128 of K is scaled in fp32; the shared expert's weights are the only ones known
-before the wait. A lone token has kernels of its own (`moe_lone_triton`).
+before the wait. Tiles of one token are `moe_lone_triton`'s.
 """
 
 import itertools
@@ -207,7 +207,7 @@ def mlp_triton(x: Tensor, dense: Weights, mode: PdlMode) -> Tensor:
     """x [T, hidden] -> [T, hidden] through one MLP."""
     ids = torch.empty((len(x), 0), dtype=torch.int64, device=x.device)
     tiles = _tiles(len(x), ids, dense)
-    if len(x) == 1:
+    if tiles[0].block_m == 1:
         return lone(x, x.new_empty(1, 0, dtype=torch.float32), ids, dense, dense, tiles, mode)
     y = torch.empty_like(x)
     _run(x, ids, dense, dense, y, tiles, mode)
@@ -226,7 +226,7 @@ def moe_triton(
     for name, tensor in (("weights", weights), ("ids", ids)):
         assert tensor.is_contiguous(), f"{name} strides {tensor.stride()}"
     tiles = _tiles(len(x), ids, routed)
-    if len(x) == 1:
+    if tiles[0].block_m == 1:
         return lone(x, weights, ids, routed, shared, tiles, mode)
     rows = ids.numel() + (len(x) if shared else 0)
     y = torch.empty((rows, x.shape[1]), dtype=x.dtype, device=x.device)

@@ -20,9 +20,13 @@ NORM_ROUTER_SOME = Tile(block_m=16, block_n=8, block_k=256, split=4, num_warps=4
 NORM_ROUTER_TILES = (NORM_ROUTER_LONE, NORM_ROUTER_FEW, NORM_ROUTER_SOME)
 NORM_ROUTER_TOKENS = 64  # more: the norm has a launch of its own, the sum is read once
 
-LONE_LONG = Tile(block_m=1, block_n=4, block_k=1024, num_warps=4, num_stages=1)
-LONE_SHORT = Tile(block_m=1, block_n=2, block_k=1024, num_warps=1, num_stages=1)
-LONE_GATE_UP_SUMS = ((LONE_LONG, 7168), (LONE_SHORT, 7168), (LONE_SHORT, 256))
+LONE_MANY = Tile(block_m=1, block_n=4, block_k=1024, num_warps=4, num_stages=1)
+LONE_FEW = Tile(block_m=1, block_n=2, block_k=2048, num_warps=4, num_stages=1)
+LONE_GATE_UP_SUMS = (  # with the columns that they are launched for
+    (LONE_MANY, 7168),
+    (LONE_FEW, 7168),
+    (LONE_FEW, 256),  # the bundled model
+)
 LONE_DOWN = Tile(block_m=1, block_n=4, block_k=2048, num_warps=4, num_stages=1)
 LONE_DOWN_NARROW = Tile(block_m=1, block_n=2, block_k=2048, num_warps=1, num_stages=1)
 LONE_DOWN_SUMS = (  # with (inner, slots) that they are launched for
@@ -35,7 +39,7 @@ LONE_DOWN_SUMS = (  # with (inner, slots) that they are launched for
 
 DECODE = Tile(block_m=8, block_n=32, block_k=256, num_warps=2, num_stages=3)
 DECODE_UNEVEN = Tile(block_m=8, block_n=32, block_k=128, num_warps=2, num_stages=6)
-SOME = Tile(block_m=16, block_n=32, block_k=128, num_warps=2, num_stages=6)
+SOME = Tile(block_m=16, block_n=64, block_k=128, num_warps=4, num_stages=3)
 MEDIUM = Tile(block_m=32, block_n=128, block_k=128, num_warps=4, num_stages=4)
 WIDE = Tile(block_m=64, block_n=128, block_k=128, num_warps=8, num_stages=3)
 PREFILL = Tile(block_m=128, block_n=128, block_k=128, num_warps=8, num_stages=3)
@@ -57,20 +61,19 @@ def norm_router_gemm(m: int, dims: tuple[int, ...]) -> Tile:
 
 
 def _by_tokens_an_expert(m: int, experts: int, top_k: int, columns: int) -> Tile:
-    """A tile that the tokens of an expert fill once, so that its weights are read once."""
+    """A tile that the tokens of most experts fill once, so that weights are read once."""
     expected = m * top_k / experts
+    most = (8, 16, 32, 80) if experts == 1 else (4, 6, 24, 80)
     decode = DECODE if columns % DECODE.block_k == 0 else DECODE_UNEVEN
-    for most, tile in ((2, decode), (6, SOME), (24, MEDIUM), (80, WIDE)):
-        if expected <= most:
-            return tile
-    return PREFILL
+    tiles = zip(most, (decode, SOME, MEDIUM, WIDE), strict=True)
+    return next((tile for limit, tile in tiles if expected <= limit), PREFILL)
 
 
 def moe_gate_up(m: int, dims: tuple[int, ...]) -> Tile:
     """dims (experts, top_k, hidden, inner); block_m 1: moe_lone_triton's."""
     experts, top_k, hidden, inner = dims
     if m == 1:
-        return LONE_LONG if top_k * inner >= 8192 else LONE_SHORT
+        return LONE_MANY if top_k * inner >= 8192 else LONE_FEW
     return _by_tokens_an_expert(m, experts, top_k, hidden)
 
 
