@@ -163,7 +163,8 @@ def test_values(tokens: int) -> None:
     got = sparse_mla_values(q_latent, q_pe, kv_buffer, indices, w_uv, 0.1, MODES[-1])
     latent = sparse_mla_ref(q_latent, q_pe, as_multiplied(kv_buffer, c), indices, 0.1)
     want = torch.einsum("thc,hvc->thv", latent.double(), w_uv.double()).flatten(1)
-    assert got.shape == want.shape and got.dtype == QUERY
+    assert got.shape == want.shape
+    assert got.dtype == QUERY
     assert not got[2::4].count_nonzero(), "no slot, no zeros"
     assert not tokens or relative_l2(got, want) < 5e-3
 
