@@ -22,18 +22,13 @@ from minidsv.kernels.tiles_attention import COMBINE_WARPS, LONE, SPLITS
 
 
 @triton.jit
-def _load_splits(partial, lse, token, head, heads, splits, SPLIT: tl.constexpr, C: tl.constexpr):
-    """(values [SPLIT, C], log2 of their sums [SPLIT]) of one token and head; SPLIT >= splits."""
+def _sum_splits(partial, lse, token, head, heads, splits, SPLIT: tl.constexpr, C: tl.constexpr):
+    """The latent of one token and head, fp32 [C]; SPLIT >= splits."""
     s = tl.arange(0, SPLIT)
     row = (token * splits + s) * heads + head
-    log = tl.load(lse + row, mask=s < splits, other=EMPTY)
     at = row[:, None] * C + tl.arange(0, C)[None, :]
-    return tl.load(partial + at, mask=s[:, None] < splits, other=0.0), log
-
-
-@triton.jit
-def _sum_splits(values, log):
-    """The latent, fp32 [C]."""
+    values = tl.load(partial + at, mask=s[:, None] < splits, other=0.0)
+    log = tl.load(lse + row, mask=s < splits, other=EMPTY)
     weight = tl.exp2(log - tl.max(log, 0))
     share = weight / tl.sum(weight, 0)
     return tl.sum(values.to(tl.float32) * share[:, None], 0)
@@ -45,9 +40,9 @@ def _combine_splits_kernel(
 ):  # fmt: skip
     head, token = tl.program_id(0), tl.program_id(1).to(tl.int64)
     pdl_begin(PDL)
-    values, log = _load_splits(partial, lse, token, head, heads, SPLIT, SPLIT, C)
+    latent = _sum_splits(partial, lse, token, head, heads, SPLIT, SPLIT, C)
     at = (token * heads + head) * C + tl.arange(0, C)
-    tl.store(out + at, _sum_splits(values, log).to(out.dtype.element_ty))
+    tl.store(out + at, latent.to(out.dtype.element_ty))
     pdl_end(PDL)
 
 
@@ -62,10 +57,10 @@ def _combine_values_kernel(
     if PDL == "prefetch":
         tile = tl.load(w, mask=rows[:, None] < n, other=0.0)
     pdl_begin(PDL)
-    values, log = _load_splits(partial, lse, 0, head, heads, splits, SPLIT, C)
     if PDL != "prefetch":
-        tile = tl.load(w, mask=rows[:, None] < n, other=0.0)  # it takes longer than the splits
-    latent = _sum_splits(values, log).to(tile.dtype).to(tl.float32)  # as absorb_v has it
+        tile = tl.load(w, mask=rows[:, None] < n, other=0.0)
+    latent = _sum_splits(partial, lse, 0, head, heads, splits, SPLIT, C)
+    latent = latent.to(tile.dtype).to(tl.float32)  # as absorb_v has it
     y = tl.sum(tile.to(tl.float32) * latent[None, :], 1)
     tl.store(out + head * n + rows, y.to(out.dtype.element_ty), mask=rows < n)
     pdl_end(PDL)
