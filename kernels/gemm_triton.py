@@ -2,12 +2,17 @@
 
     narrow   up to 16 tokens or so: each warp sums its own 128 columns of a [BLOCK_N, KS * 128] tile
              (a batched dot), so that few rows a program suffice to fill the device; the warps'
-             sums are added at the end; with NORM (segments_triton) x is normalised
-    wide     more tokens: tiles of [BLOCK_N, BLOCK_M] outputs
+             sums are added at the end
+    wide     more tokens: tiles of [BLOCK_N, BLOCK_M] outputs; 128 columns a step, as two halves, so
+             that fewer converted weights lie in registers and more programs fit a processor
 
-FP8 weights become bf16 exactly, by integer arithmetic, and each 128 columns' sum is scaled in fp32.
-In prefetch mode the first tiles of a program's weights are drawn into L2 before the wait.
+Program (., ., part) sums the `span` columns of its part; where there are several, outputs are
+fp32 [parts, m, n], which parts_triton adds up. FP8 weights become bf16 exactly, by integer
+arithmetic, and each 128 columns' sum is scaled in fp32. In prefetch mode the first tiles of a
+program's weights are drawn into L2 before the wait.
 """
+
+from dataclasses import replace
 
 import triton
 import triton.language as tl
@@ -19,7 +24,6 @@ from minidsv.kernels.segments_triton import (
     has_type,
     launch_rows,
     locate,
-    operand,
     select,
     store,
 )
@@ -54,11 +58,12 @@ def as_operand(w, x, PAIRS: tl.constexpr):
 
 
 @triton.jit
-def draw(w, row, n, k_size, BLOCK_N: tl.constexpr, BYTES: tl.constexpr):
-    """Prefetch to L2 the first BYTES (a power of two of 128-byte lines) of BLOCK_N rows."""
+def draw(w, row, n, k_size, BLOCK_N: tl.constexpr, BYTES: tl.constexpr, first=0):
+    """Prefetch to L2 BYTES (a power of two of 128-byte lines) of BLOCK_N rows, from column `first`
+    on."""
     SIZE: tl.constexpr = w.dtype.element_ty.primitive_bitwidth // 8
     rows = tl.minimum(row + tl.arange(0, BLOCK_N), n - 1).to(tl.int64)
-    k = tl.minimum(tl.arange(0, BYTES // 128) * (128 // SIZE), k_size - 1)
+    k = tl.minimum(first + tl.arange(0, BYTES // 128) * (128 // SIZE), k_size - 1)
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
         "=r,l", [w + rows[:, None] * k_size + k[None, :]],
@@ -67,158 +72,169 @@ def draw(w, row, n, k_size, BLOCK_N: tl.constexpr, BYTES: tl.constexpr):
 
 
 @triton.jit
-def _outputs(row, n, token, m, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Where a tile from (token, row) on lies in an output [m, n], and whether it does."""
+def _outputs(part, row, n, token, m, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Where a tile from (token, row) on lies in an output [parts, m, n], and whether it does."""
     tokens = (token + tl.arange(0, BLOCK_M))[:, None]
     rows = (row + tl.arange(0, BLOCK_N))[None, :]
-    return tokens.to(tl.int64) * n + rows, (tokens < m) & (rows < n)
+    return (part.to(tl.int64) * m + tokens) * n + rows, (tokens < m) & (rows < n)
 
 
 @triton.jit
 def _narrow(
-    w, s, x, norm, eps, row, n, m, k_size, x_stride,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KS: tl.constexpr, NORM: tl.constexpr,
+    w, s, x, row, n, m, k_size, x_stride, first, span,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KS: tl.constexpr,
 ):  # fmt: skip
     """[BLOCK_M, BLOCK_N] outputs of one program."""
-    rows = (row + tl.arange(0, BLOCK_N))[None, :, None]
-    tokens = tl.arange(0, BLOCK_M)[None, :, None]
+    FP8: tl.constexpr = w.dtype.element_ty == tl.float8e4nv
+    rows = tl.minimum(tl.arange(0, BLOCK_N), n - 1 - row)[None, :, None]
+    tokens = tl.minimum(tl.arange(0, BLOCK_M), m - 1)[None, :, None]
     part = tl.arange(0, KS)[:, None, None]
     k = part * 128 + tl.arange(0, 128)[None, None, :]
     w += row.to(tl.int64) * k_size
-    w += (rows - row) * k_size + k
+    w += rows * k_size + k
     x += tokens * x_stride + k
-    if NORM:
-        update, total_out, gain, added = norm
-        norm = (update + tokens * x_stride + k, total_out + tokens * k_size + k, gain + k, added)
     s += (row // 128) * tl.cdiv(k_size, 128) + part
     total = tl.zeros([KS, BLOCK_N, BLOCK_M], tl.float32)
-    squares = tl.zeros([KS, BLOCK_M, 16], tl.float32)
-    for k0 in range(0, k_size, KS * 128):
-        tile = tl.load(w + k0, mask=(rows < n) & (k < k_size - k0), other=0.0)
-        turn = k0 // (KS * 128)
-        values, more = operand(x, norm, k0, tokens < m, k, k_size - k0, turn, NORM)
-        if NORM:
-            values = values.to(x.dtype.element_ty)
-            squares += tl.sum(tl.reshape(more, [KS, BLOCK_M, 16, 8]), 3)
+    end = tl.minimum(first + span, k_size)
+    if FP8:
+        scale = tl.load(s + first // 128, mask=part * 128 < end - first, other=0.0)
+    for k0 in range(first, end, KS * 128):
+        tile = tl.load(w + k0, mask=k < end - k0, other=0.0)
+        values = tl.load(x + k0, mask=k < end - k0, other=0.0)
+        if FP8:
+            after = k0 + KS * 128
+            following = tl.load(s + after // 128, mask=part * 128 < end - after, other=0.0)
         sums = tl.dot(as_operand(tile, values, False), tl.permute(values, (0, 2, 1)))
-        if tile.dtype == tl.float8e4nv:
-            sums *= tl.load(s + k0 // 128, mask=part * 128 < k_size - k0, other=0.0)
+        if FP8:
+            sums *= scale
+            scale = following
         total += sums
-    y = tl.trans(tl.sum(total, 0))
-    if NORM:
-        y *= tl.rsqrt(tl.sum(tl.sum(squares, 2), 0) / k_size + eps)[:, None]
-    return y
+    return tl.trans(tl.sum(total, 0))
 
 
-@triton.jit(do_not_specialize=("m", "n0", "n1", "n2", "n3", "added"))
+@triton.jit(do_not_specialize=("m", "n0", "n1", "n2", "n3"))
 def _narrow_kernel(
-    x, w0, w1, w2, w3, s0, s1, s2, s3, o0, o1, o2, o3, n0, n1, n2, n3, m, k_size, x_stride,
-    update, total, gain, added, eps,
+    x, w0, w1, w2, w3, s0, s1, s2, s3, o0, o1, o2, o3, n0, n1, n2, n3, m, k_size, x_stride, span,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, OTHER_N: tl.constexpr, KS: tl.constexpr,
-    NORM: tl.constexpr, PDL: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     MIXED: tl.constexpr = w0.dtype != w3.dtype
     slot, n, row = locate(tl.program_id(0), w0, w1, w2, w3, n0, n1, n2, n3, BLOCK_N, OTHER_N)
     w, s = select(slot, w0, w1, w2, w3, w0), select(slot, s0, s1, s2, s3, s0)
     main = has_type(slot, w0, w1, w2, w3, w0)
-    norm = (update, total, gain, added)
+    part = tl.program_id(1)
+    first = part * span
     if PDL == "prefetch":
-        draw(w, tl.where(main, row, 0), tl.where(main, n, 1), k_size, BLOCK_N, KS * 256)
-        if NORM:
-            draw(gain, 0, 1, k_size, 1, KS * 512)
+        rows = tl.where(main, row, 0), tl.where(main, n, 1)
+        draw(w, rows[0], rows[1], k_size, BLOCK_N, KS * 256, first)
     pdl_begin(PDL)
     if main:
-        y = _narrow(
-            w, s, x, norm, eps, row, n, m, k_size, x_stride, BLOCK_M, BLOCK_N, KS, NORM
-        )  # fmt: skip
-        at, mask = _outputs(row, n, 0, m, BLOCK_M, BLOCK_N)
+        y = _narrow(w, s, x, row, n, m, k_size, x_stride, first, span, BLOCK_M, BLOCK_N, KS)
+        at, mask = _outputs(part, row, n, 0, m, BLOCK_M, BLOCK_N)
         store(slot, o0, o1, o2, o3, at, y, mask)
     elif MIXED:
         v, t = select(slot, w0, w1, w2, w3, w3), select(slot, s0, s1, s2, s3, s3)
-        z = _narrow(
-            v, t, x, norm, eps, row, n, m, k_size, x_stride, BLOCK_M, OTHER_N, KS, NORM
-        )  # fmt: skip
-        z_at, z_mask = _outputs(row, n, 0, m, BLOCK_M, OTHER_N)
+        z = _narrow(v, t, x, row, n, m, k_size, x_stride, first, span, BLOCK_M, OTHER_N, KS)
+        z_at, z_mask = _outputs(part, row, n, 0, m, BLOCK_M, OTHER_N)
         store(slot, o0, o1, o2, o3, z_at, z, z_mask)
     pdl_end(PDL)
 
 
 @triton.jit
 def _wide(
-    w, s, x, row, n, token, m, k_size, x_stride,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    w, s, x, row, n, token, m, k_size, x_stride, first, span,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """[BLOCK_M, BLOCK_N] outputs from (token, row) on."""
-    rows, tokens = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_M)[:, None]
-    k = tl.arange(0, BLOCK_K)[None, :]
+    FP8: tl.constexpr = w.dtype.element_ty == tl.float8e4nv
+    rows = tl.minimum(tl.arange(0, BLOCK_N), n - 1 - row)[:, None]
+    tokens = tl.minimum(tl.arange(0, BLOCK_M), m - 1 - token)[:, None]
+    k = tl.arange(0, 64)[None, :]
     w += row.to(tl.int64) * k_size
     w += rows * k_size + k
     x += token.to(tl.int64) * x_stride
     x += tokens * x_stride + k
-    s += (row // 128) * tl.cdiv(k_size, 128)
+    blocks = tl.cdiv(k_size, 128)
+    s += (row // 128) * blocks
+    if BLOCK_N > 128:
+        s += rows // 128 * blocks
     total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    for k0 in range(0, k_size, BLOCK_K):
-        tile = tl.load(w + k0, mask=(row + rows < n) & (k < k_size - k0), other=0.0)
-        values = tl.load(x + k0, mask=(token + tokens < m) & (k < k_size - k0), other=0.0)
-        if tile.dtype == tl.float8e4nv:
-            sums = tl.dot(as_operand(tile, values, True), tl.trans(values))
-            total += sums * tl.load(s + k0 // 128)
+    end = tl.minimum(first + span, k_size)
+    if FP8:
+        scale = tl.load(s + first // 128)
+    for k0 in range(first, end, 128):
+        if FP8:
+            following = tl.load(s + tl.minimum(k0 + 128, k_size - 1) // 128)
+        sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32) if FP8 else total
+        for half in tl.static_range(2):
+            at = k0 + half * 64
+            tile = tl.load(w + at, mask=k < end - at, other=0.0)
+            values = tl.load(x + at, mask=k < end - at, other=0.0)
+            sums = tl.dot(as_operand(tile, values, True), tl.trans(values), sums)
+        if FP8:
+            total += sums * scale
+            scale = following
         else:
-            total = tl.dot(as_operand(tile, values, True), tl.trans(values), total)
+            total = sums
     return tl.trans(total)
 
 
 @triton.jit(do_not_specialize=("m",))
 def _wide_kernel(
-    x, w0, w1, w2, w3, s0, s1, s2, s3, o0, o1, o2, o3, n0, n1, n2, n3, m, k_size, x_stride,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
+    x, w0, w1, w2, w3, s0, s1, s2, s3, o0, o1, o2, o3, n0, n1, n2, n3, m, k_size, x_stride, span,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, OTHER_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     MIXED: tl.constexpr = w0.dtype != w3.dtype
-    slot, n, row = locate(tl.program_id(1), w0, w1, w2, w3, n0, n1, n2, n3, BLOCK_N, BLOCK_N)
+    slot, n, row = locate(tl.program_id(1), w0, w1, w2, w3, n0, n1, n2, n3, BLOCK_N, OTHER_N)
     w, s = select(slot, w0, w1, w2, w3, w0), select(slot, s0, s1, s2, s3, s0)
     main = has_type(slot, w0, w1, w2, w3, w0)
+    part = tl.program_id(2)
+    first = part * span
     if PDL == "prefetch":
-        draw(w, tl.where(main, row, 0), tl.where(main, n, 1), k_size, BLOCK_N, 256)
+        rows = tl.where(main, row, 0), tl.where(main, n, 1)
+        draw(w, rows[0], rows[1], k_size, BLOCK_N, 256, first)
     pdl_begin(PDL)
     token = tl.program_id(0) * BLOCK_M
     if main:
-        y = _wide(w, s, x, row, n, token, m, k_size, x_stride, BLOCK_M, BLOCK_N, BLOCK_K)
-        at, mask = _outputs(row, n, token, m, BLOCK_M, BLOCK_N)
+        y = _wide(w, s, x, row, n, token, m, k_size, x_stride, first, span, BLOCK_M, BLOCK_N)
+        at, mask = _outputs(part, row, n, token, m, BLOCK_M, BLOCK_N)
         store(slot, o0, o1, o2, o3, at, y, mask)
     elif MIXED:
         v, t = select(slot, w0, w1, w2, w3, w3), select(slot, s0, s1, s2, s3, s3)
-        z = _wide(v, t, x, row, n, token, m, k_size, x_stride, BLOCK_M, BLOCK_N, BLOCK_K)
-        z_at, z_mask = _outputs(row, n, token, m, BLOCK_M, BLOCK_N)
+        z = _wide(v, t, x, row, n, token, m, k_size, x_stride, first, span, BLOCK_M, OTHER_N)
+        z_at, z_mask = _outputs(part, row, n, token, m, BLOCK_M, OTHER_N)
         store(slot, o0, o1, o2, o3, z_at, z, z_mask)
     pdl_end(PDL)
 
 
-Sizes = dict[str, int]
-ROWS = ("n0", "n1", "n2", "n3")
-
-
-def narrow_sizes(tile: Tile) -> Sizes:
+def narrow_sizes(tile: Tile) -> dict[str, int]:
     """The narrow kernel's constants; rows of a second type come in sixteens."""
     sizes = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "OTHER_N": 16}
-    return {**sizes, "KS": tile.split}
+    return {**sizes, "KS": tile.block_k // 128}
 
 
-def wide_sizes(tile: Tile) -> Sizes:
-    return {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
+def wide_sizes(tile: Tile) -> dict[str, int]:
+    """The wide kernel's constants; rows of a second type, wider, come as a warpgroup takes them."""
+    return {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "OTHER_N": 64}
+
+
+GATES = ("*bf16:16", "*fp32:16")  # weight, output
 
 
 def _spec(size: int, narrow: bool) -> KernelSpec:
-    """Of weights of `size` bytes."""
-    # the narrow kernel takes any numbers of rows, the wide one those that it finds in the models
-    n = "i32" if narrow else "i32:16"
+    """Of weights of `size` bytes. The narrow kernel takes any numbers of rows; the wide one those
+    that it finds in the models, sixteens but for the experts of a small one."""
     sizes = narrow_sizes if narrow else wide_sizes
+    n = dict.fromkeys(("n0", "n1", "n2", "n3"), "i32" if narrow else "i32:16")
 
     def own(tile: Tile) -> Arguments:
-        return {"m": "i32", "x_stride": "i32:16", **dict.fromkeys(ROWS, n), **sizes(tile)}
+        return {"m": "i32", "x_stride": "i32:16", "span": "i32:16", **n, **sizes(tile)}
 
-    rows = launch_rows(size, lambda t: t.narrow if narrow else t.wide, own, normed=narrow)
-    constant = WEIGHTS | {"gain"} if narrow else WEIGHTS
-    return KernelSpec(_narrow_kernel if narrow else _wide_kernel, rows, constant, fp_fusion=True)
+    rows = launch_rows(size, lambda t: t.narrow if narrow else t.wide, own, normed=False)
+    if not narrow:
+        gates = [r for r in rows if (r.arguments["w0"], r.arguments["o0"]) == GATES]
+        rows += tuple(replace(row, arguments=row.arguments | {"n0": "i32"}) for row in gates)
+    return KernelSpec(_narrow_kernel if narrow else _wide_kernel, rows, WEIGHTS, fp_fusion=True)
 
 
 NARROW = {size: _spec(size, narrow=True) for size in (1, 2)}

@@ -117,7 +117,7 @@ def sizes(tile: Tile) -> dict[str, int]:
 
 def _spec(size: int) -> KernelSpec:
     """Of weights of `size` bytes."""
-    rows = launch_rows(size, lambda tiles: tiles.gemv, sizes)
+    rows = launch_rows(size, lambda tiles: (tiles.gemv,), sizes)
     return KernelSpec(_gemv_kernel, rows, WEIGHTS, fp_fusion=True)
 
 

@@ -1,22 +1,25 @@
 """Launches `fused_linear`: the form and tile that `launch_config` names for these sizes.
 
 block_m 1           gemv_triton, one token
-split > 1           gemm_triton's narrow form, `split` warps' K slices of 128
+block_k > 128       gemm_triton's narrow form, a warp for each 128 columns of a step
 else                gemm_triton's wide form
+
+`split` programs share the sum of an output, and parts_triton adds their parts.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
+import torch
 from torch import Tensor
+from triton import cdiv
 
 from minidsv.kernels.gemm import Segment
 from minidsv.kernels.gemm_triton import NARROW, WIDE, narrow_sizes, wide_sizes
 from minidsv.kernels.gemv_triton import GEMV
 from minidsv.kernels.gemv_triton import sizes as gemv_sizes
-from minidsv.kernels.launch import KernelSpec
 from minidsv.kernels.launch_config import launch_config
 from minidsv.kernels.norm import PreNorm, pre_norm
+from minidsv.kernels.parts_triton import sum_parts
 from minidsv.kernels.pdl import PdlMode
 from minidsv.kernels.segments_triton import norm_arguments, slots, tiles
 from minidsv.kernels.tile import Tile
@@ -62,25 +65,51 @@ def project_in(
         assert s.weight.is_contiguous(), f"weight strides {s.weight.stride()}: want contiguous"
         assert s.scale is not None or s.weight.dtype == x.dtype, f"{s.weight.dtype=} {x.dtype=}"
         assert s.scale is None or s.scale.is_contiguous(), f"scale strides {s.scale.stride()}"
-    args, outputs = slots(x, segments)
-    args |= {"x": x, "k_size": x.shape[1]}
-    specs, grid, own = _form(tile, args, len(x), x.stride(0))
-    norms, total = norm_arguments(x, norm)
-    args |= own if specs is WIDE else own | norms
-    specs[_size(segments)].launch(grid, mode, args, tile.num_warps, tile.num_stages)
-    return outputs, total
-
-
-def _form(
-    tile: Tile, args: dict[str, Any], m: int, x_stride: int
-) -> tuple[dict[int, KernelSpec], tuple[int, ...], dict[str, Any]]:
-    """(kernels, grid, the kernel's own arguments)."""
+    outputs = [
+        torch.empty(len(x), len(s.weight), dtype=s.out_dtype or x.dtype, device=x.device)
+        for s in segments
+    ]
     if tile.block_m == 1:
-        own = gemv_sizes(tile)
-        return GEMV, (min(m, 1) * tiles(args, tile.block_n, own["OTHER_N"]),), own
-    sizes = narrow_sizes(tile) if tile.split > 1 else wide_sizes(tile)
-    own = {"m": m, "x_stride": x_stride, **sizes}
-    blocks = tiles(args, tile.block_n, own.get("OTHER_N", tile.block_n))
+        return outputs, _gemv(tile, x, segments, outputs, norm, mode)
+    _gemm(tile, x, segments, outputs, mode)
+    return outputs, x
+
+
+def _gemv(
+    tile: Tile,
+    x: Tensor,
+    segments: Sequence[Segment],
+    outputs: list[Tensor],
+    norm: PreNorm | None,
+    mode: PdlMode,
+) -> Tensor:
+    """Fill the outputs -> x, or the sum that the norm is of."""
+    norms, total = norm_arguments(x, norm)
+    own = gemv_sizes(tile)
+    args = slots(segments, outputs) | {"x": x, "k_size": x.shape[1]} | norms | own
+    grid = (min(len(x), 1) * tiles(args, tile.block_n, own["OTHER_N"]),)
+    GEMV[_size(segments)].launch(grid, mode, args, tile.num_warps, tile.num_stages)
+    return total
+
+
+def _gemm(
+    tile: Tile, x: Tensor, segments: Sequence[Segment], outputs: list[Tensor], mode: PdlMode
+) -> None:
+    """Fill the outputs, through fp32 parts where programs share a sum."""
+    (m, k_size), narrow = x.shape, tile.block_k > 128
+    span = cdiv(k_size, tile.split * tile.block_k) * tile.block_k
+    parts = cdiv(k_size, span)
+    shares = outputs
     if tile.split > 1:
-        return NARROW, (min(m, 1) * blocks,), own
-    return WIDE, (-(-m // tile.block_m), blocks), own
+        shares = [
+            torch.empty(parts, *o.shape, dtype=torch.float32, device=x.device) for o in outputs
+        ]
+    own = narrow_sizes(tile) if narrow else wide_sizes(tile)
+    args = slots(segments, shares) | own
+    args |= {"x": x, "m": m, "k_size": k_size, "x_stride": x.stride(0), "span": span}
+    blocks = tiles(args, tile.block_n, own["OTHER_N"])
+    grid = (min(m, 1) * blocks, parts) if narrow else (cdiv(m, tile.block_m), blocks, parts)
+    specs = NARROW if narrow else WIDE
+    specs[_size(segments)].launch(grid, mode, args, tile.num_warps, tile.num_stages)
+    if tile.split > 1:
+        sum_parts(shares, outputs, mode)

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minidsv.kernels.gemm import linear
 from minidsv.kernels.norm import PreNorm, norm_cost, pre_norm
 from minidsv.kernels.pdl import PdlMode, triton_mode
-from minidsv.kernels.tiles_moe import NORM_ROUTER_TOKENS
 
 
 def router_gemm_ref(x: Tensor, weight: Tensor, out_dtype: torch.dtype = torch.float32) -> Tensor:
@@ -34,7 +34,8 @@ def router_gemm(
 ) -> Tensor:
     """x [T, hidden], weight [E, hidden] -> [T, E] in `out_dtype`, fp32 or bf16.
 
-    `pdl`: None runs the reference, a mode the Triton kernel in that mode (CPU: the reference).
+    `pdl`: None runs the reference, a mode the Triton kernel in that mode (CPU: the reference): one
+    of its own for one token, else `linear`'s.
     """
     assert x.dim() == weight.dim() == 2, f"x {tuple(x.shape)}, weight {tuple(weight.shape)}"
     assert x.shape[1] == weight.shape[1], f"x {tuple(x.shape)}, weight {tuple(weight.shape)}"
@@ -42,6 +43,8 @@ def router_gemm(
     mode = triton_mode(x, pdl)
     if mode is None:
         return router_gemm_ref(x, weight, out_dtype)
+    if len(x) != 1:
+        return linear(x, weight, out_dtype=out_dtype, pdl=mode)
     from minidsv.kernels.router_gemm_triton import multiply
 
     return multiply(x, weight, out_dtype, mode)
@@ -52,11 +55,11 @@ def norm_router_gemm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(logits fp32 [T, E], normed [T, hidden], the residual [T, hidden]): the norm and its GEMM.
 
-    One launch up to NORM_ROUTER_TOKENS tokens with a block before; its logits are of the normed
-    sum before it is rounded.
+    One launch for one token with a block before; its logits are of the normed sum before it is
+    rounded.
     """
     mode = triton_mode(x.residual, pdl)
-    if mode is None or x.out is None or len(x.residual) > NORM_ROUTER_TOKENS:
+    if mode is None or x.out is None or len(x.residual) != 1:
         normed, residual = pre_norm(x, pdl)
         return router_gemm(normed, weight, pdl=pdl), normed, residual
     assert x.out.shape == x.residual.shape, f"{tuple(x.out.shape)=}, {tuple(x.residual.shape)=}"

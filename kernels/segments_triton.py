@@ -10,6 +10,7 @@ between them they store x + update to `total`. Without, update, total and gain s
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from operator import ne
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from minidsv.kernels.gemm import MAX_SEGMENTS, Segment
 from minidsv.kernels.launch import Row
 from minidsv.kernels.norm import PreNorm
 from minidsv.kernels.tile import Tile
-from minidsv.kernels.tiles_gemm import LINEAR, Tiles, takes_norm
+from minidsv.kernels.tiles_gemm import LINEAR, Tiles
 
 Arguments = dict[str, str | int | float]  # as `launch.Row` holds them
 WEIGHTS = frozenset(f"{letter}{slot}" for letter in "ws" for slot in range(MAX_SEGMENTS))
@@ -105,30 +106,27 @@ def operand(x, norm, at, rows, k, end, turn, NORM: tl.constexpr):
     return values, squares
 
 
-def slots(x: Tensor, segments: Sequence[Segment]) -> tuple[dict[str, Any], list[Tensor]]:
-    """(the arguments of the four slots, the outputs [T, out] in the order of `segments`)."""
-    outputs = [
-        torch.empty(len(x), s.weight.shape[0], dtype=s.out_dtype or x.dtype, device=x.device)
-        for s in segments
-    ]
-
-    def differs(i: int) -> tuple[bool, bool]:
-        first = segments[0].weight.dtype, outputs[0].dtype
-        return segments[i].weight.dtype != first[0], outputs[i].dtype != first[1]
-
-    order = sorted(range(len(segments)), key=differs)
+def slot_order(kinds: Sequence[tuple[torch.dtype, ...]]) -> list[int]:
+    """Which of up to four things of these types each slot holds; another type than the first's
+    comes last, -1 is none."""
+    order = sorted(range(len(kinds)), key=lambda i: tuple(map(ne, kinds[i], kinds[0])))
     order[-1:-1] = [-1] * (MAX_SEGMENTS - len(order)) if len(order) > 1 else []
-    order += [-1] * (MAX_SEGMENTS - len(order))
+    return order + [-1] * (MAX_SEGMENTS - len(order))
+
+
+def slots(segments: Sequence[Segment], outputs: Sequence[Tensor]) -> dict[str, Any]:
+    """The arguments of the four slots; outputs [T, out] or their parts [parts, T, out]."""
+    kinds = [(s.weight.dtype, o.dtype) for s, o in zip(segments, outputs, strict=True)]
     args: dict[str, Any] = {}
-    for slot, i in enumerate(order):
+    for slot, i in enumerate(slot_order(kinds)):
         segment, output = segments[max(i, 0)], outputs[max(i, 0)]
         args[f"w{slot}"], args[f"o{slot}"] = segment.weight, output
         args[f"s{slot}"] = segment.weight if segment.scale is None else segment.scale
-        args[f"n{slot}"] = 0 if i < 0 else output.shape[1]
+        args[f"n{slot}"] = 0 if i < 0 else output.shape[-1]
     for letter in "wso":
         types = [args[f"{letter}{slot}"].dtype for slot in range(MAX_SEGMENTS)]
         assert {*types} == {types[0], types[-1]}, f"{letter} {types}: at most two types"
-    return args, outputs
+    return args
 
 
 def norm_arguments(x: Tensor, norm: PreNorm | None) -> tuple[dict[str, Any], Tensor]:
@@ -164,24 +162,24 @@ def launch_rows(
     """Launches of a kernel with weights of `size` bytes.
 
     `tiles` picks the kernel's, `own` gives a tile's arguments beside the slots'. A kernel that can
-    norm its operand (`normed`) always does for slots of two types, where the tile lets it.
+    norm its operand (`normed`) always does for slots of two types. Parts of sums are fp32.
     """
-    few, many = map(tiles, LINEAR[size])
-    launches = []
+    few, many = ([tile for short in rows for tile in tiles(short)] for rows in LINEAR[size])
+    launches = {}
     for types in (*UNIFORM[size], MIXED[size]):
         mixed = types[0] != types[-1]
-        for tile in dict.fromkeys(few if mixed else few + many):
-            norms = {False}
-            if normed and takes_norm(tile) and types[0] != GATE:
-                norms = {True} if mixed else {False, True}
+        norms = {mixed, True} if normed and types[0] != GATE else {False}
+        for tile in few if mixed else few + many:
+            slots = [(weight, out if tile.split == 1 else "fp32") for weight, out in types]
             for norm in sorted(norms):
-                arguments = {**_slot_arguments(types), **own(tile)}
+                arguments = {**_slot_arguments(slots), **own(tile)}
                 arguments |= _norm_arguments(norm) if normed else {}
-                launches.append(Row(arguments, tile.num_warps, tile.num_stages))
-    return tuple(launches)
+                row = Row(arguments, tile.num_warps, tile.num_stages)
+                launches[str(row)] = row
+    return tuple(launches.values())
 
 
-def _slot_arguments(types: tuple[tuple[str, str], ...]) -> Arguments:
+def _slot_arguments(types: Sequence[tuple[str, str]]) -> Arguments:
     arguments: Arguments = {"x": "*bf16:16", "k_size": "i32:16"}
     for slot, (weight, out) in enumerate(types):
         scale = "fp32" if weight == "fp8e4nv" else weight

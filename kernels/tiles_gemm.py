@@ -1,7 +1,7 @@
 """Tiles of the GEMM family, by tokens and the type of the weights. No torch, no triton in here.
 
-    linear   block_m 1: the GEMV of gemv_triton; split > 1: gemm_triton's narrow form, one warp for
-             each of `split` parts of 128 columns; else its wide form
+    linear   block_m 1: the GEMV of gemv_triton; block_k > 128: gemm_triton's narrow form, a warp
+             for each 128 columns of a step; else its wide form; `split` programs share a sum
     absorb   block_m tokens by block_n outputs of a head, block_k columns a step; so attention_prep
 
 A device holds a projection of few rows at once, which takes more bytes a program than many rows do.
@@ -11,57 +11,91 @@ from dataclasses import dataclass
 
 from minidsv.kernels.tile import Rule, Tile
 
-SHORT = 2048  # columns of a short sum
+MAX_PARTS = 16  # of a sum
 FEW_ROWS = 4096  # fewer than these make too few programs in the tiles for many
+SHORT = 2048  # columns of a sum that is not shared out
 NORMED_TOKENS = 1  # each program would read the residual of more tokens, and the update, from L2
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Of projections of one type of weight and few or many rows."""
+    """Of projections of one type of weight, few or many rows, long or short sums."""
 
-    gemv: tuple[Tile, Tile]  # of short and of long sums
+    gemv: Tile
     narrow: tuple[Tile, ...]  # rising block_m
     wide: tuple[Tile, ...]
 
-    def for_tokens(self, m: int, columns: int) -> Tile:
+    def for_tokens(self, m: int) -> Tile:
         """The first that holds m tokens; else the last."""
-        if m <= 1:
-            return self.gemv[columns > SHORT]
-        tiles = (*self.narrow, *self.wide)
+        tiles = (self.gemv, *self.narrow, *self.wide)
         return next((tile for tile in tiles if m <= tile.block_m), tiles[-1])
 
 
 LONG_SUM = Tile(1, 4, 2048, num_stages=1)
-FP8_WIDE = (Tile(64, 64, 128), Tile(128, 128, 128, num_warps=8))
-BF16_WIDE = (Tile(64, 64, 64, num_stages=4), Tile(128, 128, 64, num_warps=8))
-LINEAR = {  # by bytes of a weight; few rows, many rows
+BF16_SUM = Tile(1, 8, 1024, num_stages=1)
+FP8_LAST = Tile(128, 128, 128, num_warps=8)
+BF16_LAST = Tile(128, 128, 128, num_warps=8)
+LINEAR = {  # by bytes of a weight; few rows, many rows; long sums, short sums
     1: (
-        Tiles(
-            (LONG_SUM, LONG_SUM),
-            (
-                Tile(8, 16, 128, split=4, num_stages=4),
-                Tile(16, 16, 128, split=4, num_stages=4),
-                Tile(32, 32, 128, split=4),
+        (
+            Tiles(
+                LONG_SUM,
+                (Tile(8, 16, 512, split=2),),
+                (
+                    Tile(16, 64, 128, split=7, num_stages=4),
+                    Tile(32, 64, 128, split=7, num_stages=4),
+                    Tile(64, 64, 128, split=7),
+                    FP8_LAST,
+                ),
             ),
-            FP8_WIDE,
+            Tiles(
+                LONG_SUM,
+                (Tile(8, 16, 512),),
+                (Tile(16, 64, 128, num_stages=4), Tile(64, 64, 128), FP8_LAST),
+            ),
         ),
-        Tiles(
-            (Tile(1, 8, 512, num_warps=2, num_stages=1), LONG_SUM),
-            (Tile(8, 32, 128, split=4), Tile(16, 32, 128, split=4)),
-            FP8_WIDE,
+        (
+            Tiles(
+                LONG_SUM,
+                (Tile(8, 16, 512), Tile(16, 32, 256, split=2, num_warps=2, num_stages=4)),
+                (
+                    Tile(32, 64, 128, split=4, num_stages=4),
+                    Tile(64, 128, 128, split=4, num_warps=8),
+                    FP8_LAST,
+                ),
+            ),
+            Tiles(
+                Tile(1, 8, 512, num_warps=2, num_stages=1),
+                (Tile(8, 16, 512),),
+                (
+                    Tile(16, 64, 128, num_stages=4),
+                    Tile(32, 64, 128, num_stages=4),
+                    Tile(64, 128, 128, num_warps=8),
+                    FP8_LAST,
+                ),
+            ),
         ),
     ),
     2: (
-        Tiles(
-            (LONG_SUM, LONG_SUM),
-            (Tile(8, 16, 128, split=4), Tile(16, 32, 128, split=4)),
-            BF16_WIDE,
+        (
+            Tiles(
+                LONG_SUM,
+                (Tile(8, 16, 512, split=7), Tile(16, 16, 256, split=14, num_warps=2)),
+                (Tile(64, 64, 128, split=14), BF16_LAST),
+            ),
+            Tiles(
+                LONG_SUM,
+                (Tile(8, 16, 512), Tile(16, 16, 256, num_warps=2)),
+                (Tile(64, 64, 128), BF16_LAST),
+            ),
         ),
-        Tiles(
-            (Tile(1, 8, 1024, num_stages=1), Tile(1, 8, 1024, num_stages=1)),
-            (Tile(8, 64, 128, split=4), Tile(16, 32, 128, split=4)),
-            BF16_WIDE,
+        2
+        * (
+            Tiles(
+                BF16_SUM,
+                (Tile(8, 64, 512), Tile(16, 32, 512)),
+                (Tile(64, 64, 128), BF16_LAST),
+            ),
         ),
     ),
 }
@@ -75,7 +109,7 @@ PREPARED_TOKENS = PREPARE[-1].block_m  # most that attention_prep takes in one l
 def linear(m: int, dims: tuple[int, ...]) -> Tile:
     """dims (bytes of a weight, rows of all projections, columns)."""
     size, rows, columns = dims
-    return LINEAR[size][rows >= FEW_ROWS].for_tokens(m, columns)
+    return LINEAR[size][rows >= FEW_ROWS][columns <= SHORT].for_tokens(m)
 
 
 def takes_norm(tile: Tile) -> bool:

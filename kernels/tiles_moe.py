@@ -5,20 +5,9 @@
 
 from minidsv.kernels.tile import Rule, Tile
 
-GEMV_TOKENS = 16  # most tokens that the router multiplies on CUDA cores
-
-ROUTER_LONE = Tile(block_m=1, block_n=2, num_warps=8)
-ROUTER_FEW = Tile(block_m=4, block_n=2, num_warps=8)
-ROUTER_MANY = Tile(block_m=16, block_n=32, block_k=256, num_warps=4, num_stages=4)
-ROUTER_PREFILL = Tile(block_m=64, block_n=128, block_k=64, num_warps=4, num_stages=4)
-ROUTER_TILES = (ROUTER_LONE, ROUTER_FEW, ROUTER_MANY, ROUTER_PREFILL)
-
-# With the norm before: block_k columns of the sum a program writes, split parts of K as below.
-NORM_ROUTER_LONE = Tile(block_m=1, block_n=2, block_k=64, num_warps=8)
-NORM_ROUTER_FEW = Tile(block_m=4, block_n=2, block_k=64, num_warps=16)
-NORM_ROUTER_SOME = Tile(block_m=16, block_n=8, block_k=256, split=4, num_warps=4, num_stages=3)
-NORM_ROUTER_TILES = (NORM_ROUTER_LONE, NORM_ROUTER_FEW, NORM_ROUTER_SOME)
-NORM_ROUTER_TOKENS = 64  # more: the norm has a launch of its own, the sum is read once
+# The router of one token; that of more is a `linear` of tiles_gemm.
+ROUTER_TILE = Tile(block_n=2, num_warps=8)
+NORM_ROUTER_TILE = Tile(block_n=2, block_k=64, num_warps=8)  # block_k: of the sum, to write
 
 LONE_MANY = Tile(block_m=1, block_n=4, block_k=1024, num_warps=4, num_stages=1)
 LONE_FEW = Tile(block_m=1, block_n=2, block_k=2048, num_warps=4, num_stages=1)
@@ -44,20 +33,6 @@ MEDIUM = Tile(block_m=32, block_n=128, block_k=128, num_warps=4, num_stages=4)
 WIDE = Tile(block_m=64, block_n=128, block_k=128, num_warps=8, num_stages=3)
 PREFILL = Tile(block_m=128, block_n=128, block_k=128, num_warps=8, num_stages=3)
 MLP_TILES = (DECODE, DECODE_UNEVEN, SOME, MEDIUM, WIDE, PREFILL)
-
-
-def router_gemm(m: int, dims: tuple[int, ...]) -> Tile:
-    """dims (hidden, experts): all of K at once for few tokens, then tensor cores."""
-    if m <= GEMV_TOKENS:
-        return ROUTER_LONE if m <= 1 else ROUTER_FEW
-    return ROUTER_MANY if m <= 512 else ROUTER_PREFILL
-
-
-def norm_router_gemm(m: int, dims: tuple[int, ...]) -> Tile:
-    """dims (hidden, experts), up to NORM_ROUTER_TOKENS."""
-    if m <= GEMV_TOKENS:
-        return NORM_ROUTER_LONE if m <= 1 else NORM_ROUTER_FEW
-    return NORM_ROUTER_SOME
 
 
 def _by_tokens_an_expert(m: int, experts: int, top_k: int, columns: int) -> Tile:
@@ -86,8 +61,6 @@ def moe_down(m: int, dims: tuple[int, ...]) -> Tile:
 
 
 TILES: dict[str, Rule] = {
-    "router_gemm": router_gemm,
-    "norm_router_gemm": norm_router_gemm,
     "moe_gate_up": moe_gate_up,
     "moe_down": moe_down,
 }

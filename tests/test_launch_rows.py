@@ -171,12 +171,12 @@ def test_nothing_compiles_in_a_request(name: str, kinds: int, launches: Launches
 
 
 @pytest.mark.parametrize("cache", ["bfloat16", "fp8"])
-@pytest.mark.parametrize(("tokens", "scored", "dense"), [(1, 8, 6), (8, 11, 9), (64, 10, 8)])
+@pytest.mark.parametrize(("tokens", "scored", "dense"), [(1, 8, 6), (8, 12, 10), (64, 12, 10)])
 def test_launches_of_an_attention(
     tokens: int, scored: int, dense: int, cache: str, launches: Launches
 ) -> None:
-    """Of a decode step: beyond one token the norms, and the sum of splits if there are any, take
-    launches of their own."""
+    """Of a decode step: beyond one token the norms take launches of their own, and so do sums that
+    programs share."""
     for name, shared in (("deepseek_v32", False), ("glm52", True)):
         config = model_config(name)
         caches = KVCache.allocate(config, 200, cache, cache, META)
@@ -195,6 +195,7 @@ def test_launches_of_an_attention(
             assert len(launches.names) == count + summed, launches.names
 
 
+ROUTER_OF_MANY = ["add_rms_norm_kernel", "narrow_kernel", "sum_parts_kernel"]
 EXPERTS_OF_ONE = ["grouped_topk_kernel", "lone_gate_up_kernel", "lone_down_kernel"]
 EXPERTS_OF_MANY = [
     "grouped_topk_kernel", "prepare_kernel", "gate_up_kernel", "down_kernel", "combine_kernel",
@@ -206,16 +207,15 @@ EXPERTS_OF_MANY = [
     ("tokens", "names"),
     [
         (1, ["norm_router_gemv_kernel", *EXPERTS_OF_ONE]),
-        (8, ["norm_router_gemv_kernel", *EXPERTS_OF_MANY]),
-        (9, ["norm_router_gemv_kernel", *EXPERTS_OF_MANY]),
-        (64, ["norm_router_gemm_kernel", *EXPERTS_OF_MANY]),
-        (65, ["add_rms_norm_kernel", "router_gemm_kernel", *EXPERTS_OF_MANY]),
+        (8, [*ROUTER_OF_MANY, *EXPERTS_OF_MANY]),
+        (64, ["add_rms_norm_kernel", "wide_kernel", "sum_parts_kernel", *EXPERTS_OF_MANY]),
+        (65, ["add_rms_norm_kernel", "wide_kernel", *EXPERTS_OF_MANY]),
     ],
 )
 def test_launches_of_a_moe_block(
     tokens: int, names: list[str], weights: str, launches: Launches
 ) -> None:
-    """A lone token needs no plan and no sum; up to 64 the norm is the router's."""
+    """A lone token's norm is the router's; it needs no plan and no sum."""
     config = model_config("deepseek_v32")
     block = MoE(config, LayerWeights(meta_weights(config, weights == "fp8"), 1), "off")
     x = torch.empty((2, tokens, config.hidden_size), dtype=torch.bfloat16, device=META)

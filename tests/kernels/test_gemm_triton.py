@@ -19,6 +19,7 @@ from minidsv.kernels.gemm import (
     normed_linear,
 )
 from minidsv.kernels.norm import PreNorm
+from minidsv.kernels.parts_triton import sum_parts
 from minidsv.kernels.pdl import is_interpreted
 from minidsv.kernels.quant import quantize_fp8_blocks
 
@@ -26,8 +27,8 @@ pytestmark = [] if is_interpreted() else [pytest.mark.gpu]
 DEVICE = "cpu" if is_interpreted() else "cuda"
 MODES = ("prefetch",) if is_interpreted() else ("off", "seed", "on", "prefetch")
 DTYPE = torch.float32 if is_interpreted() else torch.bfloat16
-TOKENS = (0, 1, 3, 20) if is_interpreted() else (0, 1, 2, 7, 16, 33, 130)
-SHAPES = ((40, 144), (6, 2600)) if is_interpreted() else ((576, 1536), (70, 200))
+TOKENS = (0, 1, 3, 20) if is_interpreted() else (0, 1, 2, 7, 16, 32, 33, 64, 130)
+SHAPES = ((40, 144), (6, 2600)) if is_interpreted() else ((576, 1536), (70, 2600), (4200, 2200))
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -149,6 +150,15 @@ def test_normed_linear(kinds: str, added: bool) -> None:
 def root_mean_square(x: Tensor) -> Tensor:
     """fp32 [T, 1]; a norm rounded to bf16, or not, shows in products as a share of it."""
     return x.float().square().mean(1, keepdim=True).sqrt()
+
+
+def test_parts_are_added_in_their_order() -> None:
+    parts = torch.tensor([1e8, 1.0, -1e8], device=DEVICE).view(3, 1, 1).repeat(1, 5, 144)
+    outputs = [torch.ones(5, 144, dtype=dtype, device=DEVICE) for dtype in (DTYPE, torch.float32)]
+    sum_parts([parts, parts.flip(0)], outputs, "off")
+    assert all(output.eq(0).all() for output in outputs)
+    sum_parts([parts[[0, 2, 1]]], outputs[1:], "off")
+    assert outputs[1].eq(1).all()
 
 
 def test_fused_a_gemm_without_an_indexer() -> None:
