@@ -1,8 +1,8 @@
 """attention_prep's one launch against the references of its five operators, in buffers of NaN.
 
 On a GPU DeepSeek-V3.2 with caches alike in every PDL mode, which must agree in every bit; the rest
-(GLM-5, interleaved; the bundled model; unlike caches; more tokens) in one. `test_triton.py` runs the same file
-in Triton's interpreter, where activations are fp32 and nothing is quantised.
+(GLM-5, interleaved; the bundled model; unlike caches; more tokens) in one. `test_triton.py` runs
+the same file in Triton's interpreter, where activations are fp32 and nothing is quantised.
 """
 
 import functools
