@@ -41,5 +41,5 @@ def _rule(layout: str, tokens: int, dims: tuple[int, ...]) -> Tile:
 
 
 COMBINE_WARPS = 2  # each thread holds every split of its columns
-LONE = Tile(1, 32, split=SPLITS[-1])
+LONE = Tile(1, 64, split=SPLITS[-1])
 TILES: dict[str, Rule] = {f"sparse_mla_{layout}": partial(_rule, layout) for layout in WIDE}

@@ -100,7 +100,7 @@ LINEAR = {  # by bytes of a weight; few rows, many rows; long sums, short sums
     ),
 }
 ABSORB_SHORT = Tile(16, 128, 128, num_stages=1)  # heads that sum over at most 256 columns
-ABSORB_LONG = Tile(16, 32, 512, num_stages=2)
+ABSORB_LONG = Tile(16, 32, 512, num_stages=1)
 ABSORB_MANY = (Tile(64, 128, 64), Tile(128, 128, 64, num_warps=8))
 PREPARE = (ABSORB_SHORT, Tile(64, 128, 64, num_stages=2))
 PREPARED_TOKENS = PREPARE[-1].block_m  # most that attention_prep takes in one launch
