@@ -21,7 +21,8 @@ from minidsv.kernels.launch import KernelSpec, Row, pdl_begin, pdl_end
 from minidsv.kernels.moe_weights_triton import Weights, arguments, pointees, prefetch, rounded
 from minidsv.kernels.pdl import PdlMode
 from minidsv.kernels.tile import Tile
-from minidsv.kernels.tiles_moe import LONE_DOWN_SUMS, LONE_GATE_UP_SUMS
+from minidsv.kernels.tiles_moe import LONE_DOWN as DOWN_TILES
+from minidsv.kernels.tiles_moe import LONE_GATE_UP as UP_TILE
 
 
 @triton.jit
@@ -170,21 +171,22 @@ def _row(tile: Tile, fp8: bool, **more: str | int | float) -> Row:
 
 
 def _up_rows() -> tuple[Row, ...]:
+    """Long sums and the bundled model's."""
     more = {"x": "*bf16:16", "shared_programs": "i32"}
     return tuple(
-        _row(tile, fp8, **more, **up_sizes(tile, hidden))
+        _row(UP_TILE, fp8, **more, **up_sizes(UP_TILE, hidden))
         for fp8 in (True, False)
-        for tile, hidden in LONE_GATE_UP_SUMS
+        for hidden in (7168, 256)
     )
 
 
 def _down_rows() -> tuple[Row, ...]:
-    """Long sums, and those of a narrow shard and the bundled model."""
+    """Long sums, those of a shard of 8, and the bundled model's: a dense layer's, the experts'."""
     more = {"weights": "*fp32:16", "out": "*bf16:16", "slots": "i32"}
     return tuple(
-        _row(tile, fp8, **more, **down_sizes(tile, inner, slots))
-        for fp8 in (True, False)
-        for tile, inner, slots in LONE_DOWN_SUMS
+        _row(tile, size == 1, **more, **down_sizes(tile, inner, slots))
+        for size, tile in DOWN_TILES.items()
+        for inner, slots in ((2048, 8), (256, 8), (512, 0), (128, 2))
     )
 
 

@@ -238,7 +238,8 @@ def _tiles(tokens: int, ids: Tensor, routed: Weights) -> tuple[Tile, Tile]:
     """Of gate_up and of down, for the same number of tokens."""
     hidden, inner = routed.down.shape[-2:]
     top_k = ids.shape[1]
-    dims = (len(routed.down) if top_k else 1, max(1, top_k), hidden, inner)
+    experts, size = len(routed.down) if top_k else 1, 1 if routed.down_scale is not None else 2
+    dims = (experts, max(1, top_k), hidden, inner, size)
     up, down = (launch_config(op, tokens, dims) for op in ("moe_gate_up", "moe_down"))
     assert up.block_m == down.block_m, f"gate_up {up}, down {down}"
     return up, down
