@@ -9,7 +9,6 @@ up in fp32. The first tile is loaded before the wait.
 import triton
 import triton.language as tl
 
-from minidsv.kernels.gemm_triton import draw
 from minidsv.kernels.launch import KernelSpec, pdl_begin, pdl_end
 from minidsv.kernels.segments_triton import (
     WEIGHTS,
@@ -85,8 +84,6 @@ def _gemv_kernel(
     readable = tl.where(main, n, 0)  # nothing is read for a program of the other type
     norm = (update, total, gain, added)
     if PDL == "prefetch":
-        if NORM:
-            draw(gain, 0, 1, k_size, 1, BLOCK_K * 4)
         tile = _weights(w, row, readable, k_size, 0, BLOCK_N, BLOCK_K)
         if MIXED:
             w_other = select(slot, w0, w1, w2, w3, w3)
@@ -121,7 +118,7 @@ def sizes(tile: Tile) -> dict[str, int]:
 def _spec(size: int) -> KernelSpec:
     """Of weights of `size` bytes."""
     rows = launch_rows(size, lambda tiles: (tiles.gemv,), sizes)
-    return KernelSpec(_gemv_kernel, rows, WEIGHTS | {"gain"}, fp_fusion=True)
+    return KernelSpec(_gemv_kernel, rows, WEIGHTS, fp_fusion=True)
 
 
 GEMV = {1: _spec(1), 2: _spec(2)}

@@ -6,7 +6,9 @@ the same options. In the kernel, `pdl_begin` stands in straight-line code before
 to anything that changes during a replay, `pdl_end` after the last.
 """
 
+import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -95,8 +97,12 @@ class KernelSpec:
         num_stages: int = 3,
     ) -> None:
         """Run the kernel on `args`, unless the grid is empty; `mode` is `pdl.triton_mode`'s."""
-        if 0 not in grid:
-            options = self.compile_options(num_warps, num_stages, mode)
+        if 0 in grid:
+            return
+        options = self.compile_options(num_warps, num_stages, mode)
+        if _ONLY_COMPILES.get():
+            self.kernel.warmup(**args, PDL=mode, grid=grid, **options)
+        else:
             compiled = self.kernel[grid](**args, PDL=mode, **options)
             if (observe := _OBSERVER.get()) is not None:
                 observe(Launch(self, mode, compiled), args)
@@ -112,6 +118,7 @@ class Launch(NamedTuple):
 
 Observer = Callable[[Launch, dict[str, Any]], object]  # gets the arguments too
 _OBSERVER: ContextVar[Observer | None] = ContextVar("_OBSERVER", default=None)
+_ONLY_COMPILES: ContextVar[bool] = ContextVar("_ONLY_COMPILES", default=False)
 
 
 @contextmanager
@@ -130,3 +137,15 @@ def recorded_launches() -> Iterator[dict[str, Launch]]:
     record: dict[str, Launch] = {}
     with observed_launches(lambda launch, _: record.setdefault(launch.compiled.hash, launch)):
         yield record
+
+
+@contextmanager
+def compiling_only() -> Iterator[None]:
+    """Launches of this thread start nothing meanwhile; at the end what they need is compiled, on
+    as many threads as there are cores."""
+    token = _ONLY_COMPILES.set(True)
+    try:
+        with ThreadPoolExecutor(os.cpu_count()) as threads, triton.AsyncCompileMode(threads):
+            yield
+    finally:
+        _ONLY_COMPILES.reset(token)

@@ -118,7 +118,8 @@ def swiglu_mlp(
     mode = triton_mode(x, pdl)
     if mode is None:
         return swiglu_mlp_ref(x, gate_up, gate_up_scale, down, down_scale)
-    from minidsv.kernels.moe_triton import Weights, mlp_triton
+    from minidsv.kernels.moe_triton import mlp_triton
+    from minidsv.kernels.moe_weights_triton import Weights
 
     return mlp_triton(x, Weights(gate_up, gate_up_scale, down, down_scale), mode)
 
@@ -156,7 +157,8 @@ def moe_experts(
     mode = triton_mode(x, pdl)
     if mode is None:
         return moe_experts_ref(x, weights, ids, *stack, *shared)
-    from minidsv.kernels.moe_triton import Weights, moe_triton
+    from minidsv.kernels.moe_triton import moe_triton
+    from minidsv.kernels.moe_weights_triton import Weights
 
     expert = None
     if shared_gate_up is not None and shared_down is not None:

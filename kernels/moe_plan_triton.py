@@ -82,7 +82,7 @@ def _prepare_row(bins: int, chunk: int, bt: int) -> Row:
     return Row({**pointers, **sizes, "BINS": bins, "CHUNK": chunk, "BT": bt})
 
 
-PLAN_TILES = (16, 32, 64, 128)
+PLAN_TILES = (8, 16, 32, 64, 128)
 PREPARE = KernelSpec(
     _prepare_kernel,
     tuple(

@@ -2,13 +2,12 @@
 
 Both multiply weight rows [ROWS, K] with tokens [K, BT], so that the weights are the tensor cores'
 M side and few tokens waste little. A launch holds the shared expert's programs first (of a dense
-layer: all), then the routed experts' by the plan of `moe_plan_triton`; a lone token needs no plan,
-its ids name the tiles. FP8 weights become bf16 (exact), and each 128 of K is scaled in fp32; the
-shared expert's weights are the only ones known before the wait.
+layer: all), then the routed experts' by the plan of `moe_plan_triton`. FP8 weights become bf16
+(exact), and each 128 of K is scaled in fp32; the shared expert's weights are the only ones known
+before the wait. Tiles of one token are `moe_lone_triton`'s.
 """
 
 import itertools
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,31 +19,12 @@ from triton import cdiv
 from minidsv.kernels.gemm_triton import as_operand
 from minidsv.kernels.launch import KernelSpec, Row, pdl_begin, pdl_end
 from minidsv.kernels.launch_config import launch_config
-from minidsv.kernels.moe_plan_triton import combine, max_tiles, prepare
+from minidsv.kernels.moe_lone_triton import lone
+from minidsv.kernels.moe_plan_triton import combine, prepare
+from minidsv.kernels.moe_weights_triton import Weights, arguments, pointees, prefetch, rounded
 from minidsv.kernels.pdl import PdlMode
 from minidsv.kernels.tile import Tile
 from minidsv.kernels.tiles_moe import MLP_TILES
-
-
-@triton.jit
-def _rounded(x, BF16: tl.constexpr):
-    """fp32 values as the activations' dtype holds them."""
-    return x.to(tl.bfloat16).to(tl.float32) if BF16 else x
-
-
-@triton.jit
-def _prefetch(rows, wanted, LINES: tl.constexpr):
-    """The first LINES * 128 bytes of each row into the L2, if `wanted`."""
-    step: tl.constexpr = 128 // (rows.dtype.scalar.element_ty.primitive_bitwidth // 8)
-    lines = rows[:, None] + tl.arange(0, LINES)[None, :] * step
-    tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
-        "=r,l,r",
-        [lines, tl.zeros_like(lines.to(tl.int64)).to(tl.int32) + wanted],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 @triton.jit
@@ -87,8 +67,7 @@ def _product(
 
 @triton.jit
 def _share(
-    is_shared, program, shared_programs, shared_blocks, blocks, plan, ids, tokens,
-    ALONE: tl.constexpr, BT: tl.constexpr,
+    is_shared, program, shared_programs, shared_blocks, blocks, plan, tokens, BT: tl.constexpr,
 ):  # fmt: skip
     """(block of rows, expert, begin, end) of a program; no branches, see `shared_weight`'s trace.
 
@@ -97,9 +76,6 @@ def _share(
     routed = program - shared_programs
     tile = tl.where(is_shared, program // shared_blocks, routed // blocks)
     block = tl.where(is_shared, program % shared_blocks, routed % blocks)
-    if ALONE:
-        expert = tl.load(ids + tile, mask=is_shared == 0, other=0)
-        return block, expert, tile, tile + 1
     expert = tl.load(plan + tile * 3, mask=is_shared == 0, other=0).to(tl.int64)
     begin = tl.load(plan + tile * 3 + 1, mask=is_shared == 0, other=0)
     end = tl.load(plan + tile * 3 + 2, mask=is_shared == 0, other=0)
@@ -109,9 +85,9 @@ def _share(
 
 @triton.jit(do_not_specialize=("tokens", "top_k", "shared_programs"))
 def _gate_up_kernel(
-    x, h, shared_h, plan, ids, order, weight, scale, shared_weight, shared_scale,
+    x, h, shared_h, plan, order, weight, scale, shared_weight, shared_scale,
     tokens, top_k, hidden, inner, shared_inner, shared_programs,
-    ALONE: tl.constexpr, BF16: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr,
+    BF16: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     half: tl.constexpr = ROWS // 2  # of gate, and as many of up
@@ -122,21 +98,17 @@ def _gate_up_kernel(
     if PDL == "prefetch":
         line = tl.minimum(program % shared_blocks * half + r % half, shared_inner - 1)
         line += r // half * shared_inner
-        _prefetch(shared_weight + line * hidden, is_shared.to(tl.int32), 2)
+        prefetch(shared_weight + line * hidden, hidden, is_shared.to(tl.int32), 2)
     pdl_begin(PDL)
     block, expert, begin, end = _share(
-        is_shared, program, shared_programs, shared_blocks, tl.cdiv(inner, half), plan, ids,
-        tokens, ALONE, BT,
+        is_shared, program, shared_programs, shared_blocks, tl.cdiv(inner, half), plan, tokens, BT
     )  # fmt: skip
     if begin < end:
         at = begin + t
         slot = tl.minimum(at, end - 1)
-        if ALONE:
-            row = slot * 0
-        else:
-            listed = tl.where(is_shared, 0, end)
-            chosen = tl.load(order + slot, mask=slot < listed, other=0) // top_k
-            row = tl.where(is_shared, slot, chosen)
+        listed = tl.where(is_shared, 0, end)
+        chosen = tl.load(order + slot, mask=slot < listed, other=0) // top_k
+        row = tl.where(is_shared, slot, chosen)
         width = tl.where(is_shared, shared_inner, inner)
         w = tl.where(is_shared, shared_weight, weight + expert * 2 * inner * hidden)
         blocks = tl.cdiv(width, 128) * tl.cdiv(hidden, 128)
@@ -149,8 +121,8 @@ def _gate_up_kernel(
             gate_scale, gate_scale + blocks, hidden, ROWS, BT, BK, EVEN,
         )  # fmt: skip
         gate, up = tl.split(tl.permute(tl.reshape(acc, (2, half, BT)), (2, 1, 0)))  # [BT, half]
-        gate, up = _rounded(gate, BF16), _rounded(up, BF16)
-        value = _rounded(gate / (1.0 + tl.exp(-gate)) * up, BF16)
+        gate, up = rounded(gate, BF16), rounded(up, BF16)
+        value = rounded(gate / (1.0 + tl.exp(-gate)) * up, BF16)
         column = block * half + c
         tl.store(
             tl.where(is_shared, shared_h, h) + at.to(tl.int64)[:, None] * width + column[None, :],
@@ -162,9 +134,9 @@ def _gate_up_kernel(
 
 @triton.jit(do_not_specialize=("tokens", "slots", "shared_programs"))
 def _down_kernel(
-    h, shared_h, y, plan, ids, order, weight, scale, shared_weight, shared_scale,
+    h, shared_h, y, plan, order, weight, scale, shared_weight, shared_scale,
     tokens, slots, hidden, inner, shared_inner, shared_programs,
-    ALONE: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, BT: tl.constexpr,
+    EVEN: tl.constexpr, ROWS: tl.constexpr, BT: tl.constexpr,
     BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     r, t = tl.arange(0, ROWS), tl.arange(0, BT)
@@ -173,20 +145,17 @@ def _down_kernel(
     is_shared = program < shared_programs
     if PDL == "prefetch":
         line = tl.minimum(program % blocks * ROWS + r, hidden - 1)
-        _prefetch(shared_weight + line * shared_inner, is_shared.to(tl.int32), 2)
+        prefetch(shared_weight + line * shared_inner, shared_inner, is_shared.to(tl.int32), 2)
     pdl_begin(PDL)
     block, expert, begin, end = _share(
-        is_shared, program, shared_programs, blocks, blocks, plan, ids, tokens, ALONE, BT
+        is_shared, program, shared_programs, blocks, blocks, plan, tokens, BT
     )
     if begin < end:
         at = begin + t
         row = tl.minimum(at, end - 1)
-        if ALONE:
-            slot = tl.where(is_shared, slots, row)
-        else:
-            listed = tl.where(is_shared, 0, end)
-            chosen = tl.load(order + row, mask=row < listed, other=0)
-            slot = tl.where(is_shared, slots + row, chosen)
+        listed = tl.where(is_shared, 0, end)
+        chosen = tl.load(order + row, mask=row < listed, other=0)
+        slot = tl.where(is_shared, slots + row, chosen)
         width = tl.where(is_shared, shared_inner, inner)
         w = tl.where(is_shared, shared_weight, weight + expert * hidden * inner)
         routed_scale = scale + expert * tl.cdiv(hidden, 128) * tl.cdiv(inner, 128)
@@ -205,64 +174,43 @@ def _down_kernel(
     pdl_end(PDL)
 
 
-def _row(tile: Tile, fp8: bool, alone: int, **more: str | int | float) -> Row:
-    weight = "*fp8e4nv:16" if fp8 else "*bf16:16"
+def _rows(**more: str | int | float) -> tuple[Row, ...]:
+    """Both types of weights in every tile."""
     types: dict[str, str | int | float] = {
-        "plan": "*i32:16", "ids": "*i64:16", "order": "*i32:16", "weight": weight,
-        "shared_weight": weight, "scale": "*fp32:16" if fp8 else weight,
-        "shared_scale": "*fp32:16" if fp8 else weight, "tokens": "i32", "hidden": "i32:16",
+        "plan": "*i32:16", "order": "*i32:16", "tokens": "i32", "hidden": "i32:16",
         "inner": "i32:16", "shared_inner": "i32:16", "shared_programs": "i32",
-        "ALONE": alone, "EVEN": 1, "ROWS": tile.block_n, "BT": tile.block_m, "BK": tile.block_k,
+        "h": "*bf16:16", "shared_h": "*bf16:16", "EVEN": 1, **more,
     }  # fmt: skip
-    return Row(
-        types | {"h": "*bf16:16", "shared_h": "*bf16:16"} | more, tile.num_warps, tile.num_stages
+    return tuple(
+        Row(types | pointees(fp8) | _sizes(tile), tile.num_warps, tile.num_stages)
+        for fp8, tile in itertools.product((True, False), MLP_TILES)
     )
 
 
-def _rows(gate_up: bool) -> tuple[Row, ...]:
-    """Both types of weights; a lone token runs on the narrow tiles."""
-    rows = []
-    for fp8, tile, alone in itertools.product((True, False), MLP_TILES, (1, 0)):
-        more: dict[str, str | int | float] = {"y": "*bf16:16", "slots": "i32"}
-        if gate_up:
-            more = {"x": "*bf16:16", "top_k": "i32", "BF16": 1}
-        if tile.block_m == 16 or not alone:
-            rows.append(_row(tile, fp8, alone, **more))
-    return tuple(rows)
+def _sizes(tile: Tile) -> dict[str, int]:
+    return {"ROWS": tile.block_n, "BT": tile.block_m, "BK": tile.block_k}
 
 
 GATE_UP = KernelSpec(
     _gate_up_kernel,
-    _rows(True),
+    _rows(x="*bf16:16", top_k="i32", BF16=1),
     frozenset(("shared_weight",)),
     fp_fusion=True,
 )
-DOWN = KernelSpec(_down_kernel, _rows(False), frozenset(("shared_weight",)), fp_fusion=True)
+DOWN = KernelSpec(
+    _down_kernel, _rows(y="*bf16:16", slots="i32"), frozenset(("shared_weight",)), fp_fusion=True
+)
 SPECS = (GATE_UP, DOWN)
-
-
-@dataclass(frozen=True)
-class Weights:
-    """One MLP's or a stack's weights: gate_up [..., 2, I, hidden], down [..., hidden, I]."""
-
-    gate_up: Tensor
-    gate_up_scale: Tensor | None
-    down: Tensor
-    down_scale: Tensor | None
-
-    def __post_init__(self) -> None:
-        for tensor in (self.gate_up, self.gate_up_scale, self.down, self.down_scale):
-            assert tensor is None or tensor.is_contiguous(), f"weight strides {tensor.stride()}"
-
-    @property
-    def inner(self) -> int:
-        return self.down.shape[-1]
 
 
 def mlp_triton(x: Tensor, dense: Weights, mode: PdlMode) -> Tensor:
     """x [T, hidden] -> [T, hidden] through one MLP."""
+    ids = torch.empty((len(x), 0), dtype=torch.int64, device=x.device)
+    tiles = _tiles(len(x), ids, dense)
+    if tiles[0].block_m == 1:
+        return lone(x, x.new_empty(1, 0, dtype=torch.float32), ids, dense, dense, tiles, mode)
     y = torch.empty_like(x)
-    _run(x, torch.empty((len(x), 0), dtype=torch.int64, device=x.device), dense, dense, y, mode)
+    _run(x, ids, dense, dense, y, tiles, mode)
     return y
 
 
@@ -277,55 +225,63 @@ def moe_triton(
     """x [T, hidden], weights and ids [T, k] -> [T, hidden]."""
     for name, tensor in (("weights", weights), ("ids", ids)):
         assert tensor.is_contiguous(), f"{name} strides {tensor.stride()}"
+    tiles = _tiles(len(x), ids, routed)
+    if tiles[0].block_m == 1:
+        return lone(x, weights, ids, routed, shared, tiles, mode)
     rows = ids.numel() + (len(x) if shared else 0)
     y = torch.empty((rows, x.shape[1]), dtype=x.dtype, device=x.device)
-    _run(x, ids, routed, shared, y, mode)
+    _run(x, ids, routed, shared, y, tiles, mode)
     return combine(y, weights, len(x), shared is not None, mode)
 
 
+def _tiles(tokens: int, ids: Tensor, routed: Weights) -> tuple[Tile, Tile]:
+    """Of gate_up and of down, for the same number of tokens."""
+    hidden, inner = routed.down.shape[-2:]
+    top_k = ids.shape[1]
+    dims = (len(routed.down) if top_k else 1, max(1, top_k), hidden, inner)
+    up, down = (launch_config(op, tokens, dims) for op in ("moe_gate_up", "moe_down"))
+    assert up.block_m == down.block_m, f"gate_up {up}, down {down}"
+    return up, down
+
+
 def _run(
-    x: Tensor, ids: Tensor, routed: Weights, shared: Weights | None, y: Tensor, mode: PdlMode
+    x: Tensor,
+    ids: Tensor,
+    routed: Weights,
+    shared: Weights | None,
+    y: Tensor,
+    tiles: tuple[Tile, Tile],
+    mode: PdlMode,
 ) -> None:
     """Fill y: a row a slot of `ids`, then a row a token of `shared`."""
     assert x.is_contiguous(), f"x strides {x.stride()}"
-    (tokens, hidden), slots = x.shape, ids.numel()
-    experts = len(routed.down) if slots else 1
-    dims = (experts, max(1, ids.shape[1]), hidden, routed.inner)
-    up, down = (launch_config(op, tokens, dims) for op in ("moe_gate_up", "moe_down"))
-    assert up.block_m == down.block_m, f"gate_up {up}, down {down}"
-    alone = tokens == 1  # its ids are the plan
+    (tokens, hidden), slots, (up, down) = x.shape, ids.numel(), tiles
     plan = order = torch.empty(0, dtype=torch.int32, device=x.device)
-    tiles = slots if alone else max_tiles(slots, experts, up.block_m)
-    if slots and not alone:
-        plan, order = prepare(ids, experts, up.block_m, mode)
+    routed_tiles = 0
+    if slots:
+        plan, order = prepare(ids, len(routed.down), up.block_m, mode)
+        routed_tiles = len(plan)
     h = x.new_empty(slots, routed.inner)
     shared_inner = shared.inner if shared else 0
     shared_h = x.new_empty(tokens, shared_inner)
     shared = shared or routed
     token_tiles = cdiv(tokens, up.block_m) if shared_inner else 0
     common: dict[str, Any] = {
-        "h": h, "shared_h": shared_h, "plan": plan, "ids": ids, "order": order, "tokens": tokens,
+        "h": h, "shared_h": shared_h, "plan": plan, "order": order, "tokens": tokens,
         "hidden": hidden, "inner": routed.inner, "shared_inner": shared.inner,
-        "ALONE": int(alone), "BT": up.block_m,
     }  # fmt: skip
     half = up.block_n // 2
     programs = cdiv(shared_inner, half) * token_tiles
-    args = common | _weights(routed.gate_up, routed.gate_up_scale, "")
-    args |= _weights(shared.gate_up, shared.gate_up_scale, "shared_")
+    args = common | arguments(
+        routed.gate_up, routed.gate_up_scale, shared.gate_up, shared.gate_up_scale
+    )
     args |= {"x": x, "top_k": max(1, ids.shape[1]), "BF16": int(x.dtype == torch.bfloat16)}
-    args |= {"shared_programs": programs, "ROWS": up.block_n, "BK": up.block_k}
-    args |= {"EVEN": int(hidden % up.block_k == 0)}
-    grid = (programs + cdiv(routed.inner, half) * tiles,)
+    args |= {"shared_programs": programs, "EVEN": int(hidden % up.block_k == 0), **_sizes(up)}
+    grid = (programs + cdiv(routed.inner, half) * routed_tiles,)
     GATE_UP.launch(grid, mode, args, up.num_warps, up.num_stages)
     programs = cdiv(hidden, down.block_n) * token_tiles
-    args = common | _weights(routed.down, routed.down_scale, "")
-    args |= _weights(shared.down, shared.down_scale, "shared_")
-    args |= {"y": y, "slots": slots, "shared_programs": programs}
-    args |= {"ROWS": down.block_n, "BK": down.block_k}
+    args = common | arguments(routed.down, routed.down_scale, shared.down, shared.down_scale)
+    args |= {"y": y, "slots": slots, "shared_programs": programs, **_sizes(down)}
     args |= {"EVEN": int(routed.inner % down.block_k == 0 == shared.inner % down.block_k)}
-    grid = (programs + cdiv(hidden, down.block_n) * tiles,)
+    grid = (programs + cdiv(hidden, down.block_n) * routed_tiles,)
     DOWN.launch(grid, mode, args, down.num_warps, down.num_stages)
-
-
-def _weights(weight: Tensor, scale: Tensor | None, prefix: str) -> dict[str, Tensor]:
-    return {f"{prefix}weight": weight, f"{prefix}scale": weight if scale is None else scale}

@@ -1,7 +1,9 @@
 """Triton kernel of the router's selection: one warp a token.
 
 Orders scores as integers, so that NaN is the largest and ties go to the lowest index, and takes the
-best group or expert as often as asked.
+best group or expert as often as asked. Pointers to scores are taken as unaligned: then a lane has
+an expert of each group, and what is found of a group is in every lane. The bias follows the wait:
+loaded before it, the compiler (3.6) takes the logits one after the other (3.6 us instead of 2.3).
 """
 
 from typing import Any
@@ -25,6 +27,12 @@ def _order(x):
 
 
 @triton.jit
+def _value(key):
+    """The number of an order."""
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _first_largest(keys, index, NONE: tl.constexpr):
     """(largest key of a vector, lowest index that has it)."""
     best = tl.max(keys, 0)
@@ -33,12 +41,16 @@ def _first_largest(keys, index, NONE: tl.constexpr):
 
 @triton.jit
 def _sigmoid(x, EXACT: tl.constexpr):
-    """With the exponential that PyTorch's kernels use, where it exists."""
-    e = tl.extra.cuda.libdevice.exp(-x) if EXACT else tl.exp(-x)
-    return tl.div_rn(1.0, 1.0 + e) if EXACT else 1.0 / (1.0 + e)
+    """With the exponential that PyTorch's kernels use, where it exists.
+
+    1 / y is rounded to the nearest by a Newton step, without div_rn's branch for each number.
+    """
+    y = 1.0 + (tl.extra.cuda.libdevice.exp(-x) if EXACT else tl.exp(-x))
+    near = 1.0 / y
+    return tl.where(y < 1e37, tl.fma(near, tl.fma(-y, near, 1.0), near), near)
 
 
-@triton.jit(do_not_specialize=("experts",))
+@triton.jit(do_not_specialize=("experts",), do_not_specialize_on_alignment=("logits", "bias"))
 def _grouped_topk_kernel(
     logits, bias, weights, ids, experts, factor,
     TOP_K: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, NORM: tl.constexpr,
@@ -51,23 +63,17 @@ def _grouped_topk_kernel(
     g, s, j = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_K)
     expert = g[:, None] * SIZE + s[None, :]
     exists = (g < GROUPS)[:, None] & (s < SIZE)[None, :]
-    if PDL == "prefetch":
-        correction = tl.load(bias + expert, mask=exists, other=0.0)
-        pdl_begin(PDL)
-    else:
-        pdl_begin(PDL)
-        correction = tl.load(bias + expert, mask=exists, other=0.0)
-    score = _sigmoid(tl.load(logits + token * experts + expert, mask=exists, other=0.0), EXACT)
-    biased = score + correction
+    pdl_begin(PDL)
+    logits += token * experts
+    score = _sigmoid(tl.load(logits + expert, mask=exists, other=0.0), EXACT)
+    biased = score + tl.load(bias + expert, mask=exists, other=0.0)
     key = tl.where(exists, _order(biased), DEAD)
     if GROUPS > 1:
         first = tl.max(key, 1)
-        at = tl.min(tl.where(key == first[:, None], s[None, :], BLOCK_S), 1)
-        rest = tl.where(s[None, :] == at[:, None], DEAD, key)
-        second = tl.max(rest, 1)
-        there = tl.min(tl.where(rest == second[:, None], s[None, :], BLOCK_S), 1)
-        two = (s[None, :] == at[:, None]) | (s[None, :] == there[:, None])
-        group_key = tl.where(g < GROUPS, _order(tl.sum(tl.where(two, biased, 0.0), 1)), DEAD)
+        same = tl.sum(tl.where(key == first[:, None], 1, 0), 1)
+        rest = tl.max(tl.where(key < first[:, None], key, DEAD), 1)
+        two = _value(first) + _value(tl.where(same > 1, first, rest))
+        group_key = tl.where(g < GROUPS, _order(two), DEAD)
         kept = g < 0
         for _ in tl.static_range(KEPT):
             _best, best_group = _first_largest(group_key, g, BLOCK_G)
@@ -75,22 +81,20 @@ def _grouped_topk_kernel(
             group_key = tl.where(g == best_group, DEAD, group_key)
         dropped = -0x7F800001  # the order of -inf
         key = tl.where(exists & (kept[:, None] == 0), dropped, key)
-    flat_key = tl.reshape(key, (BLOCK_G * BLOCK_S,))
-    flat_score = tl.reshape(score, (BLOCK_G * BLOCK_S,))
     nobody: tl.constexpr = BLOCK_G * BLOCK_S
+    key = tl.reshape(key, (nobody,))
     index = tl.reshape(tl.where(exists, expert, nobody), (nobody,))
     chosen = tl.zeros((BLOCK_K,), dtype=tl.int32)
-    weight = tl.zeros((BLOCK_K,), dtype=tl.float32)
     for i in tl.static_range(TOP_K):
-        _best, best_expert = _first_largest(flat_key, index, nobody)
-        hit = index == best_expert
+        _best, best_expert = _first_largest(key, index, nobody)
         chosen = tl.where(j == i, best_expert, chosen)
-        weight = tl.where(j == i, tl.sum(tl.where(hit, flat_score, 0.0), 0), weight)
-        flat_key = tl.where(hit, DEAD, flat_key)
+        key = tl.where(index == best_expert, DEAD, key)
+    real = j < TOP_K
+    weight = tl.where(real, _sigmoid(tl.load(logits + chosen), EXACT), 0.0)
     if NORM:
         weight = tl.div_rn(weight, tl.sum(weight, 0) + 1e-20)
-    tl.store(weights + token * TOP_K + j, weight * factor, mask=j < TOP_K)
-    tl.store(ids + token * TOP_K + j, chosen.to(tl.int64), mask=j < TOP_K)
+    tl.store(weights + token * TOP_K + j, weight * factor, mask=real)
+    tl.store(ids + token * TOP_K + j, chosen.to(tl.int64), mask=real)
     pdl_end(PDL)
 
 
@@ -112,16 +116,20 @@ TOPK = KernelSpec(
     tuple(
         Row(
             {
-                "logits": "*fp32:16", "bias": "*fp32:16", "weights": "*fp32:16", "ids": "*i64:16",
-                "experts": "i32", "factor": "fp32", **_selection(*sizes, norm),
+                "logits": "*fp32",
+                "bias": "*fp32",
+                "weights": "*fp32:16",
+                "ids": "*i64:16",
+                "experts": "i32",
+                "factor": "fp32",
+                **_selection(*sizes, norm),
             },
             num_warps=1,
         )
         for sizes in SELECTIONS
         for norm in (True, False)
     ),
-    frozenset(("bias",)),
-)  # fmt: skip
+)
 SPECS = (TOPK,)
 
 

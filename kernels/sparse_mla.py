@@ -131,12 +131,12 @@ def sparse_mla_values(
 ) -> Tensor:
     """absorb_v of sparse_mla: w_uv [H, v, C] -> [T, H * v] in w_uv's dtype.
 
-    The Triton kernels add up the splits of a token's slots and multiply in one launch.
+    Of a lone token whose slots are split, one launch sums the splits and multiplies.
     """
     mode = triton_mode(q_latent, pdl)
     args = q_latent, q_pe, kv_buffer, topk_indices, scale, 1.0, 1.0, w_uv.dtype
-    if mode is None:
-        return absorb_v(sparse_mla(*args), w_uv)
+    if mode is None or len(q_latent) != 1:
+        return absorb_v(sparse_mla(*args, pdl), w_uv, pdl)
     _assert_inputs(q_latent, q_pe, kv_buffer, topk_indices)
     _assert_scales(q_latent, kv_buffer, 1.0, 1.0)
     assert_heads("latents", q_latent, w_uv, 2)
@@ -145,7 +145,7 @@ def sparse_mla_values(
     partial, lse = _attend(*args, mode)
     if partial.shape[1] == 1:
         return absorb_v(partial.squeeze(1), w_uv, mode)
-    return combine_values(partial, lse, w_uv, mode).flatten(1)
+    return combine_values(partial, lse, w_uv, mode)
 
 
 def _attend(

@@ -4,9 +4,9 @@
 One program of `_sparse_mla_kernel` attends BLOCK_H heads of one token to one split of its slots,
 BLOCK_N rows at a time; one load of a row serves scores and values. Rows and weights are multiplied
 in the query's dtype (f16 for an e4m3 query), in which an e4m3 row without scales is exact; the fp8
-row's values are scaled in fp32 and rounded. Wide tiles (warpgroup mma) keep the rows of the next
-steps in shared memory, narrow ones 8-bit rows of the next step in registers. Nothing is constant
-over a replay: every access follows the wait.
+row's values are scaled in fp32 and rounded. Plain rows of the next steps are kept in shared memory;
+8-bit ones are loaded to registers while the tensor cores multiply. Nothing is constant over a
+replay: every access follows the wait.
 """
 
 import itertools
@@ -31,30 +31,26 @@ EMPTY = tl.constexpr(-1e30)  # log2 of a sum without terms; finite, so no inf - 
 def _load_rows(row, slot, c, ROW: tl.constexpr):
     """Values `c` of rows `slot` (-1: zeros): [N, C]."""
     at = slot[:, None].to(tl.int64) * ROW + c[None, :]
-    return tl.load(row + at, mask=slot[:, None] >= 0, other=0)
+    return tl.load(row + at, mask=slot[:, None] >= 0, other=0.0)
 
 
 @triton.jit
-def _load_words(row, slot, C: tl.constexpr, R: tl.constexpr, GROUPED: tl.constexpr):
-    """e4m3 rows `slot` (-1: zeros) in words of four bytes, as registers hold them best: latents by
-    pieces of 64 [C / 64, N, 16], rope part [N, words], scales [N, C / 128] (the slots if flat).
+def _load_words(row, slot, C: tl.constexpr, ROW: tl.constexpr, GROUPED: tl.constexpr):
+    """Latents of e4m3 rows `slot` (-1: zeros) in words of four, as registers hold them best, by
+    pieces of 64 values [C / 64, N, 16], and their scales [N, C / 128] (the slots if flat).
 
     The hint ranks the axes: a warp takes eight rows of a piece, so that its stores into the
     swizzled operand of warpgroup mma fall into different banks.
     """
-    ROW: tl.constexpr = (C + C // 32 + 2 * R if GROUPED else C + R) // 4
-    at = slot[None, :, None].to(tl.int64) * ROW + tl.arange(0, C // 64)[:, None, None] * 16
+    at = slot[None, :, None].to(tl.int64) * (ROW // 4) + tl.arange(0, C // 64)[:, None, None] * 16
     at = tl.max_contiguous(at + tl.arange(0, 16)[None, None, :], [1, 2, 4])
     word = row.to(tl.pointer_type(tl.int32))
     latent = tl.load(word + at, mask=slot[None, :, None] >= 0, other=0)
+    scale = slot
     if GROUPED:
-        rope = _load_rows(word + (C + C // 32) // 4, slot, tl.arange(0, R // 2), ROW)
         scales = row.to(tl.pointer_type(tl.float32)) + C // 4
-        scale = _load_rows(scales, slot, tl.arange(0, C // 128), ROW)
-    else:
-        rope = _load_rows(word + C // 4, slot, tl.arange(0, R // 4), ROW)
-        scale = slot
-    return latent, rope, scale
+        scale = _load_rows(scales, slot, tl.arange(0, C // 128), ROW // 4)
+    return latent, scale
 
 
 @triton.jit
@@ -64,30 +60,25 @@ def _byte(word, i: tl.constexpr):
 
 
 @triton.jit
-def _four(word):
-    """The four e4m3 of each word, along a new last axis of two by two."""
-    return tl.join(tl.join(_byte(word, 0), _byte(word, 2)), tl.join(_byte(word, 1), _byte(word, 3)))
-
-
-@triton.jit
-def _two(word):
-    """The two bf16 of each word, along a new last axis."""
-    low = (word << 16).to(tl.float32, bitcast=True)
-    high = (word & -65536).to(tl.float32, bitcast=True)
-    return tl.join(low, high)
-
-
-@triton.jit
-def _operands(latent, rope, scale, C: tl.constexpr, R: tl.constexpr, GROUPED: tl.constexpr, T):
-    """Words of e4m3 rows as operands of dtype T: k [N, C], k_pe [N, R]."""
-    N: tl.constexpr = rope.shape[0]
-    k = tl.permute(tl.reshape(_four(latent), (C // 64, N, 64)), (1, 0, 2))
+def _latents(word, scale, C: tl.constexpr, GROUPED: tl.constexpr, T: tl.constexpr):
+    """Words of e4m3 rows as values of type T [N, C]."""
+    N: tl.constexpr = word.shape[1]
+    even, odd = tl.join(_byte(word, 0), _byte(word, 2)), tl.join(_byte(word, 1), _byte(word, 3))
+    k = tl.permute(tl.reshape(tl.join(even, odd), (C // 64, N, 64)), (1, 0, 2))
     if GROUPED:
         k = tl.reshape(k, (N, C // 128, 128)).to(tl.float32) * scale[:, :, None]
-        k_pe = tl.reshape(_two(rope), (N, R)).to(T)
+    return tl.reshape(k.to(T), (N, C))
+
+
+@triton.jit
+def _load_rope(row, slot, C: tl.constexpr, r, ROW: tl.constexpr, GROUPED: tl.constexpr):
+    """The rope part of rows `slot` (-1: zeros): [N, R]."""
+    if GROUPED:  # bf16 behind the scales; ROW counts bytes
+        rope = row.to(tl.pointer_type(tl.bfloat16)) + (C + C // 32) // 2
+        k_pe = _load_rows(rope, slot, r, ROW // 2)
     else:
-        k_pe = tl.reshape(_four(rope), (N, R)).to(T)
-    return tl.reshape(k.to(T), (N, C)), k_pe
+        k_pe = _load_rows(row + C, slot, r, ROW)
+    return k_pe
 
 
 @triton.jit
@@ -120,7 +111,7 @@ def _sparse_mla_kernel(
     GROUPED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     E4M3: tl.constexpr = latent.dtype.element_ty.is_fp8()
-    AHEAD: tl.constexpr = E4M3 and BLOCK_H < 64  # rows are loaded to registers, a step ahead
+    ROW: tl.constexpr = C + C // 32 + 2 * R if GROUPED else C + R
     T: tl.constexpr = tl.float16 if q_pe.dtype.element_ty.is_fp8() else q_pe.dtype.element_ty
     group, split, token = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     h = group * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -134,8 +125,8 @@ def _sparse_mla_kernel(
     slot = tl.load(indices + first + n, mask=first + n < limit, other=-1).to(tl.int32)
     q = tl.load(q_latent + token * q_token + h[:, None] * q_head + c[None, :], mask=real, other=0.0)
     qr = tl.load(q_pe + token * pe_token + h[:, None] * pe_head + r[None, :], mask=real, other=0.0)
-    if AHEAD:
-        words, rope, scale = _load_words(latent, slot, C, R, GROUPED)
+    if E4M3:
+        words, scale = _load_words(latent, slot, C, ROW, GROUPED)
     last = limit
     if split_keys > BLOCK_N:
         last = _last_named(indices, first, limit, 512)
@@ -152,20 +143,13 @@ def _sparse_mla_kernel(
     total = tl.zeros([BLOCK_H], tl.float32)
     acc = tl.zeros([BLOCK_H, C], tl.float32)
     for start in range(first, last, BLOCK_N):
-        if E4M3:
-            if not AHEAD:
-                words, rope, scale = _load_words(latent, slot, C, R, GROUPED)
-            k, k_pe = _operands(words, rope, scale, C, R, GROUPED, T)
-        else:
-            k = _load_rows(latent, slot, c, C + R)
-            k_pe = _load_rows(latent + C, slot, r, C + R)
+        k = _latents(words, scale, C, GROUPED, T) if E4M3 else _load_rows(latent, slot, c, ROW)
         bias = tl.where(slot >= 0, 0.0, float("-inf"))
         x = tl.dot(q, k.T)
-        x_pe = tl.dot(qr, k_pe.T)
+        k_pe = _load_rope(latent, slot, C, r, ROW, GROUPED)  # beside the product
+        x_pe = tl.dot(qr, k_pe.to(T).T)
         ahead = start + BLOCK_N + n
         slot = tl.load(indices + ahead, mask=ahead < limit, other=-1).to(tl.int32)
-        if AHEAD:
-            words, rope, scale = _load_words(latent, slot, C, R, GROUPED)
         x = x * factor + x_pe * factor  # their sum first would become one dot, in two layouts
         if heads > 0:  # always; without a branch both warpgroups would compute all scores
             x += bias[None, :]
@@ -174,6 +158,8 @@ def _sparse_mla_kernel(
         p = tl.exp2(x - new_top[:, None])
         total = total * alpha + tl.sum(p, 1)
         acc = tl.dot(p.to(T), k, acc * alpha[:, None])
+        if E4M3:
+            words, scale = _load_words(latent, slot, C, ROW, GROUPED)  # beside the product
         top = new_top
         group = tl.minimum(group, heads)  # itself; see below
     h = group * BLOCK_H + tl.arange(0, BLOCK_H)  # again, so that no address is held over the loop

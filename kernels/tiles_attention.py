@@ -3,8 +3,8 @@
 sparse_mla_<layout>  dims (heads, topk): block_m heads of one token a program, block_n slots a step,
                      `split` programs a token's slots. Narrow tiles run on mma, wide ones on
                      warpgroup mma; splits fill the SMs of an H100 once
-combine_values       dims (splits,): block_m tokens and block_n outputs of one head a program, room
-                     for `split` splits, of which block_k columns are in registers
+LONE                 a lone token's splits with W_UV: block_n outputs of one head a program, room
+                     for `split` splits
 
 Every tile is one that ptxas of Triton 3.6 and of 3.9 compiles without spilling.
 """
@@ -23,8 +23,8 @@ NARROW = {
 }
 WIDE = {
     "bf16": Tile(64, 64, num_warps=8, num_stages=2),
-    "fp8": Tile(64, 64, num_warps=8, num_stages=3),
-    "flat": Tile(64, 64, num_warps=8, num_stages=3),
+    "fp8": Tile(64, 64, num_warps=8, num_stages=1),
+    "flat": Tile(64, 64, num_warps=8, num_stages=1),
 }
 
 
@@ -40,18 +40,6 @@ def _rule(layout: str, tokens: int, dims: tuple[int, ...]) -> Tile:
     return replace(tile, split=split_for(programs, -(-topk // tile.block_n)))
 
 
-LONE = Tile(1, 32, 512, split=SPLITS[-1], num_stages=2)
-FEW = tuple(Tile(8, 32, 2048 // s, split=s, num_stages=2) for s in SPLITS if s >= 8)
-MORE = tuple(Tile(16, 32, 1024 // s, split=s, num_stages=2) for s in SPLITS if 4 <= s <= SMS // 9)
-VALUES = (LONE, *FEW, *MORE)  # up to 1, 8 and any number of tokens
-
-
-def combine_values(m: int, dims: tuple[int, ...]) -> Tile:
-    """The more tokens, the fewer splits they have."""
-    if m <= 1:
-        return LONE
-    return next(tile for tile in (FEW if m <= 8 else MORE) if tile.split >= dims[0])
-
-
+COMBINE_WARPS = 2  # each thread holds every split of its columns
+LONE = Tile(1, 32, split=SPLITS[-1])
 TILES: dict[str, Rule] = {f"sparse_mla_{layout}": partial(_rule, layout) for layout in WIDE}
-TILES["combine_values"] = combine_values

@@ -19,19 +19,19 @@ def _of(block_n: int, block_k: int, num_warps: int) -> Tile:
     return Tile(block_n=block_n, block_k=block_k, num_warps=num_warps)
 
 
-SELECT_WARPS = {1024: 2, 2048: 4, 4096: 8, 8192: 8}  # by scores in registers
+SELECT_WARPS = {1024: 2, 2048: 4, 4096: 8, 8192: 16}  # by scores in registers
 CHUNK = 8192  # a longer row takes two launches
 ANY = 1 << 30
 LONG_ROWS = (  # up to so many columns and rows: sift_topk, settle_topk (H200)
-    (32_768, ANY, _of(2048, 4096, 8), _of(4096, 16, 8)),
-    (131_072, 8, _of(4096, 8192, 16), _of(4096, 32, 8)),
-    (131_072, ANY, _of(4096, 4096, 8), _of(8192, 32, 16)),
-    (1 << 20, ANY, _of(8192, 16384, 16), _of(8192, 128, 16)),
+    (32_768, ANY, _of(2048, 2048, 4), _of(4096, 16, 8)),
+    (131_072, 2, _of(4096, 8192, 16), _of(4096, 32, 8)),
+    (131_072, ANY, _of(4096, 2048, 8), _of(8192, 32, 16)),
+    (1 << 20, ANY, _of(8192, 16384, 8), _of(8192, 128, 16)),
 )
 ALL_SLOTS_TILE = Tile(block_n=1024)
 
 ONE = Tile(1, 64, num_warps=4, num_stages=3)
-STREAM = Tile(1, 128, num_warps=4, num_stages=3)
+STREAM = Tile(1, 128, num_warps=4, num_stages=2)
 SHARED = Tile(4, 64, num_warps=4, num_stages=2)
 LOGITS_TILES = (ONE, STREAM, SHARED)
 

@@ -21,17 +21,15 @@ from minidsv.kernels.launch_config import launch_config
 from minidsv.kernels.pdl import PdlMode
 from minidsv.kernels.tile import Tile
 from minidsv.kernels.tiles_indexer import LONG_ROWS
+from minidsv.kernels.topk_count_triton import add, bits_a_pass, clear, find_bin
 from minidsv.kernels.topk_search_triton import (
     HIGHEST,
-    bins_of_bits,
-    bracket,
+    bins_of,
     choose,
     load_scores,
     order,
     places,
-    quantile,
-    scaled,
-    upto,
+    search,
 )
 
 LINE = 16  # scores of one chunk that lie together in front of the second launch
@@ -47,11 +45,9 @@ def _good(x, scores, n, aim, SAMPLE: tl.constexpr):
     where = start.to(tl.int32) // RUN * RUN + i % RUN
     sample = load_scores(scores, where, where < n, n)
     share = aim.to(tl.float32) * SAMPLE / n
-    least = tl.maximum((share * 0.95).to(tl.int32), 1)
-    guess, deviation = quantile(sample, SAMPLE, least)
-    slack = (share * 0.15).to(tl.int32)
-    slope, start, end, _ = bracket(sample, guess, deviation, least, slack, SAMPLE)
-    return scaled(x, guess, slope, start) < end
+    least = tl.maximum(share.to(tl.int32), 1)
+    _, bound, _ = search(order(sample), least, (share * 0.06).to(tl.int32), SAMPLE)
+    return order(x) > bound
 
 
 @triton.jit(
@@ -108,28 +104,26 @@ def _gathered(
 
 
 @triton.jit
-def _threshold(scores, n, k, BLOCK: tl.constexpr):
-    """The k-th best of n > k scores in memory, ordered; how many of it are among the k best."""
-    top, shift, above = tl.full((), HIGHEST, tl.int32), tl.full((), 32, tl.int32), k * 0
-    while shift > 0:
-        shift -= 4
-        low, high = tl.zeros((8,), tl.int32), tl.zeros((8,), tl.int32)
-        for first in range(0, n, BLOCK):
-            where = first + tl.arange(0, BLOCK)
-            u = order(load_scores(scores, where, where < n, n))
-            counts = upto(bins_of_bits(u, top, shift), BLOCK)
-            low, high = low + (counts & 0xFFFF), high + (counts >> 16)
-        fewer = tl.where(low < k, 1, 0) + tl.where(high < k, 1, 0)
-        most = tl.maximum(tl.where(low < k, low, 0), tl.where(high < k, high, 0))
-        above = tl.maximum(above, tl.max(most, 0))
-        top -= tl.sum(fewer, 0) << shift
-    return top, k - above
+def _ordered(scores, first, n, BLOCK: tl.constexpr):
+    where = first + tl.arange(0, BLOCK)
+    return order(load_scores(scores, where, where < n, n))
 
 
 @triton.jit
-def _store(slots, place, table, position, mask, PAGE: tl.constexpr):
-    page = tl.load(table + position // PAGE, mask=mask, other=0).to(tl.uint32)
-    tl.store(slots + place, page.to(tl.int64) * PAGE + position % PAGE, mask=mask)
+def _threshold(scores, n, k, BLOCK: tl.constexpr):
+    """The k-th best of n > k scores in memory, ordered; how many of it are among the k best."""
+    kth, shift, above = tl.full((), HIGHEST, tl.int32), tl.full((), 32, tl.int32), k * 0
+    while shift > 0:
+        shift = tl.maximum(shift - bits_a_pass(BLOCK), 0)
+        counters = clear(BLOCK)
+        for first in range(0, n, BLOCK):
+            bins = bins_of(_ordered(scores, first, n, BLOCK), kth, shift, BLOCK)
+            counters = add(counters, bins, BLOCK)
+        bin, _ = find_bin(counters, k, 0, BLOCK)
+        kth -= bin << shift
+    for first in range(0, n, BLOCK):
+        above += tl.sum(tl.where(_ordered(scores, first, n, BLOCK) > kth, 1, 0), 0)
+    return kth, k - above
 
 
 @triton.jit
@@ -139,10 +133,12 @@ def _go_through_all(slots, scores, table, n, k, BLOCK: tl.constexpr, PAGE: tl.co
     done, equal = k * 0, k * 0
     for start in range(0, n, BLOCK):
         where = start + tl.arange(0, BLOCK)
-        u = order(load_scores(scores, where, where < n, n))
+        u = _ordered(scores, start, n, BLOCK)
         same = u == kth
         chosen = (u > kth) | (same & (equal + places(same, BLOCK) < need))
-        _store(slots, done + places(chosen, BLOCK), table, where, chosen, PAGE)
+        page = tl.load(table + where // PAGE, mask=chosen, other=0).to(tl.uint32)
+        slot = page.to(tl.int64) * PAGE + where % PAGE
+        tl.store(slots + done + places(chosen, BLOCK), slot, mask=chosen)
         done += tl.sum(tl.where(chosen, 1, 0), 0)
         equal += tl.sum(tl.where(same, 1, 0), 0)
 
@@ -169,8 +165,9 @@ def _settle_kernel(
         kept + row * stride_out, counts + row * chunks, chunks, BLOCK, CHUNK, CHUNKS, LINE
     )
     if (lines * LINE <= BLOCK) & (kept_n >= tl.minimum(n, k)):
+        slot = tl.load(table + position // PAGE).to(tl.uint32).to(tl.int64) * PAGE + position % PAGE
         chosen, place = choose(x, kept_n, k, BLOCK)
-        _store(slots, place, table, position, chosen, PAGE)
+        tl.store(slots + place, slot, mask=chosen)
     else:
         _go_through_all(slots, scores + row * stride, table, n, k, BLOCK, PAGE)
     for start in range(n, k, BLOCK):
@@ -234,7 +231,8 @@ def sift(
         "CHUNK": tile.block_n,
         "LINE": LINE,
     }
-    aim = math.isqrt(k * (held - chunks * LINE // 2))  # as far above k as below what can be held
+    room = held - chunks * LINE // 2
+    aim = (math.isqrt(k * room) + (k + room) // 2) // 2  # a sample errs as far down as up
     sizes = {"aim": aim, "held": held, "SAMPLE": tile.block_k}
     SIFT.launch((rows, chunks), mode, args | sizes, tile.num_warps)
     return kept, counts, args

@@ -34,9 +34,11 @@ def _select_kernel(
     row = tl.program_id(0).to(tl.int64)
     where = tl.arange(0, BLOCK)
     pdl_begin(PDL)
-    table = block_table + tl.load(request_index + row).to(tl.int64) * pages
     n = tl.load(seq_lens + row).to(tl.int32)
     x = load_scores(scores + row * stride, where, where < columns, n)
+    request = tl.load(request_index + row).to(tl.int64)
+    tl.debug_barrier()  # the scores are on their way before a page has to wait for the request
+    table = block_table + request * pages
     page = tl.load(table + where // PAGE, mask=where < columns, other=0).to(tl.uint32)
     chosen, place = choose(x, n, k, BLOCK)
     slot = page.to(tl.int64) * PAGE + where % PAGE

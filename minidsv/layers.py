@@ -45,6 +45,15 @@ class LayerWeights:
     def __getitem__(self, name: str) -> Weight:
         return self._weights[self._prefix + name]
 
+    @property
+    def signature(self) -> frozenset[tuple[object, ...]]:
+        """Names, shapes and types: layers of which one says all about another."""
+        return frozenset(
+            (name.removeprefix(self._prefix), weight.data.shape, weight.data.dtype)
+            for name, weight in self._weights.items()
+            if name.startswith(self._prefix)
+        )
+
     def linear(self, name: str) -> Segment:
         weight = self[name]
         return Segment(weight.data, weight.scale)

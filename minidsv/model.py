@@ -1,5 +1,7 @@
 """The whole forward pass of DeepSeek-V3.2 and GLM-5 on one screen."""
 
+from copy import copy
+
 import torch
 from torch import Tensor
 
@@ -26,6 +28,7 @@ class DecoderLayer:
         cache: KVCache,
         operators: Operators,
     ):
+        self.kind = weights.signature, cache.index[layer] is None
         self.input_gain = weights["input_layernorm"].data
         self.post_attention_gain = weights["post_attention_layernorm"].data
         self.attention = MLA(config, weights, layer, cache, operators)
@@ -56,6 +59,12 @@ class DeepseekV32:
         self.lm_head = weights["lm_head"].data
         device = self.embed_tokens.device
         self.rope = Rope(config.rope, config.qk_rope_head_dim, device, operators.pdl)
+
+    def abridged(self) -> "DeepseekV32":
+        """The first layer of each kind, which launch all that the whole model does."""
+        short, kinds = copy(self), [layer.kind for layer in self.layers]
+        short.layers = [self.layers[kinds.index(kind)] for kind in dict.fromkeys(kinds)]
+        return short
 
     @torch.inference_mode()
     def forward(self, step: StepBatch) -> tuple[Tensor, Tensor]:

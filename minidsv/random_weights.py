@@ -15,6 +15,8 @@ from minidsv.kernels.constants import FP8_BLOCK
 from minidsv.kernels.quant import quantize_fp8_blocks
 from minidsv.tensor_table import tensor_table
 
+ROUTER_BIAS = "mlp.gate.e_score_correction_bias"
+ROUTER_BIAS_STD = 0.01  # it equals the experts' load; random rows are chosen about equally already
 SLAB = 1 << 24  # numbers: 64 MiB in fp32, about five times that while they are quantised
 
 
@@ -25,8 +27,9 @@ def random_tensors(
     type.
 
     Matrices are N(0, 1/fan_in) so that activations keep their size, gains are near 1, biases near
-    0. Linears come as FP8 with power-of-two block scales if `fp8`, else BF16; gains and biases
-    FP32; the rest BF16, as in DeepSeek-V3.2.
+    0, the router's nearest: tokens spread over the experts as over a trained model's. Linears come
+    as FP8 with power-of-two block scales if `fp8`, else BF16; gains and biases FP32; the rest BF16,
+    as in DeepSeek-V3.2.
     """
     generator = torch.Generator(device).manual_seed(seed)
     for name, spec in tensor_table(config).items():
@@ -36,7 +39,8 @@ def random_tensors(
             shape = (min(step, rows - row), *columns)
             data = torch.randn(shape, generator=generator, device=device)
             if spec.kind == "gain":
-                data = data * 0.05 if name.endswith("bias") else 1 + 0.1 * data
+                std = ROUTER_BIAS_STD if name.endswith(ROUTER_BIAS) else 0.05
+                data = std * data if name.endswith("bias") else 1 + 0.1 * data
                 yield Piece(name, spec, data, None, row)
                 continue
             data *= spec.shape[-1] ** -0.5

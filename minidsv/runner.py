@@ -142,12 +142,21 @@ class ModelRunner:
 
     def _warm_up(self, bounds: Sequence[int]) -> None:
         """Nothing compiles in a request, and none is the first to need all the memory."""
-        c = self.config
-        for step in warm_up_steps(
-            bounds, c.max_num_seqs, c.max_num_batched_tokens, self.num_pages, self.device
-        ):
-            _, logits = self.model.forward(step)
-            argmax(logits, self.pdl)
+        from minidsv.kernels.launch import compiling_only  # imports triton
+
+        model = self.model.abridged()
+
+        def run() -> None:
+            c = self.config
+            for step in warm_up_steps(
+                bounds, c.max_num_seqs, c.max_num_batched_tokens, self.num_pages, self.device
+            ):
+                _, logits = model.forward(step)
+                argmax(logits, self.pdl)
+
+        with compiling_only():
+            run()
+        run()
 
     def execute(self, chunks: Sequence[Chunk]) -> LaunchedStep:
         """Start computing the chunks and choosing a token for each that samples."""

@@ -6,7 +6,19 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from bench_inputs import CONTEXTS, EXACT, FP8, ROUNDED, Case, Dims, Run, fp8, fp8_segment, normal
+from bench_inputs import (
+    CONTEXTS,
+    EXACT,
+    FP8,
+    ROUNDED,
+    Case,
+    Dims,
+    Launch,
+    Run,
+    fp8,
+    fp8_segment,
+    normal,
+)
 from bench_small import norms, preparations, writes
 from minidsv.kernels.absorb import absorb_cost, absorb_q, absorb_v
 from minidsv.kernels.constants import PAGE_SIZE
@@ -44,7 +56,7 @@ def linears(d: Dims, m: int) -> Iterator[Case]:
 
         def build(seed: int) -> Run:
             x, weights = normal(seed, m, k), segments(seed)
-            return lambda pdl: fused_linear(x, weights, pdl)
+            return Launch(fused_linear, x, weights)
 
         cost = fused_linear_cost(m, segments(0))
         return Case(op, f"M={m} {shape}", cost, build)
@@ -67,7 +79,7 @@ def attention(d: Dims, m: int) -> Iterator[Case]:
         def build(seed: int) -> Run:
             kv_b = normal(seed, h, d.nope + d.v, c) * 0.05
             x, w = normal(seed, m, h, k), kv_b[:, : d.nope] if k == d.nope else kv_b[:, d.nope :]
-            return lambda pdl: op(x, w, pdl)
+            return Launch(op, x, w)
 
         return build
 
@@ -120,7 +132,7 @@ def indexer(d: Dims, m: int) -> Iterator[Case]:
             q, gate = normal(seed, m, h, dim), normal(seed, m, h, dtype=torch.float32)
             q = q.to(torch.float8_e4m3fn)
             table, lens, rows = block_table(seed, m, context, len(cache))
-            return lambda pdl: paged_index_logits(q, gate, cache, table, lens, rows, context, pdl)
+            return Launch(paged_index_logits, q, gate, cache, table, lens, rows, context)
 
         return build
 
@@ -128,7 +140,7 @@ def indexer(d: Dims, m: int) -> Iterator[Case]:
         def build(seed: int) -> Run:
             logits = normal(seed, m, context, dtype=torch.float32)
             table, lens, rows = block_table(seed, m, context, 1 << 15)
-            return lambda pdl: select_topk(logits, lens, k, table, rows, pdl)
+            return Launch(select_topk, logits, lens, k, table, rows)
 
         return build
 
@@ -168,7 +180,7 @@ def experts(d: Dims, m: int) -> Iterator[Case]:
 
     def gemm(seed: int) -> Run:
         x, w = normal(seed, m, d.hidden), normal(seed + 1, d.experts, d.hidden)
-        return lambda pdl: router_gemm(x, w, pdl=pdl)
+        return Launch(router_gemm, x, w)
 
     def norm_gemm(seed: int) -> Run:
         out, residual = normal(seed, m, d.hidden), normal(seed + 2, m, d.hidden)
@@ -194,7 +206,7 @@ def experts(d: Dims, m: int) -> Iterator[Case]:
     def mlp(seed: int) -> Run:
         weights, ids = choices(seed)
         x, stacks = normal(seed, m, d.hidden), expert_weights(d)
-        return lambda pdl: moe_experts(x, weights, ids, *stacks, None, None, None, None, pdl=pdl)
+        return Launch(moe_experts, x, weights, ids, *stacks, None, None, None, None)
 
     gemm_cost = router_gemm_cost(m, d.hidden, d.experts)
     select_cost = grouped_topk_cost(m, d.experts, d.top_k)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,16 @@ from minidsv.kernels.pdl import PdlMode
 from minidsv.kernels.quant import block_scale_shape
 
 Run = Callable[[PdlMode | None], object]  # one launch in that mode; None is the reference
+
+
+class Launch:
+    """A Run that tells what it runs: `op` and its arguments."""
+
+    def __init__(self, op: Callable[..., object], *args: Any, **options: Any):
+        self.op, self.args, self.options = op, args, options
+
+    def __call__(self, pdl: PdlMode | None) -> object:
+        return self.op(*self.args, **self.options, pdl=pdl)
 
 
 @dataclass(frozen=True)
@@ -73,3 +83,24 @@ def fp8_segment(seed: int, rows: int, cols: int) -> Segment:
 def rope_tables(seed: int, m: int, dim: int) -> tuple[Tensor, Tensor]:
     angles = normal(seed, m, dim // 2, dtype=torch.float32)
     return angles.cos(), angles.sin()
+
+
+def tensors(result: Any) -> list[Tensor]:
+    """The tensors that an operator returned, or wrote."""
+    return [result] if isinstance(result, Tensor) else [t for t in result if t is not None]
+
+
+def numbers(t: Tensor) -> Tensor:
+    return t.double() if t.is_floating_point() else t.view(torch.uint8).double()
+
+
+def relative_error(got: list[Tensor], want: list[Tensor]) -> float:
+    """Worst relative L2 of the tensors; inf where one has a NaN or a wrong shape or dtype."""
+    worst = 0.0
+    for g, w in zip(got, want, strict=True):
+        if g.shape != w.shape or g.dtype != w.dtype:
+            return float("inf")
+        a, b = numbers(g), numbers(w)
+        error = float((a - b).norm() / b.norm().clamp_min(1e-30))
+        worst = max(worst, error if error == error else float("inf"))
+    return worst

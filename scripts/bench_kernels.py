@@ -6,8 +6,10 @@
 Each row is first held to its reference (relative L2 within the row's tolerance) in every mode, the
 modes to each other bit by bit; exit status 1 and no times if a row is wrong. Then microseconds of
 one launch in a CUDA graph of back-to-back launches over rotating buffers (cold weights). GB/s are
-compulsory bytes over the time of the last mode; the peak is the read bandwidth measured first. The
-last line is JSON.
+compulsory bytes over the time of the last mode; the peak is the read bandwidth measured first.
+Where another library does the same (bench_peers.py) and imports, it is held to our reference too;
+its time is the median of five runs in turn with ours, and "x peer" is ours over its. The last line
+is JSON.
 """
 
 import argparse
@@ -16,13 +18,12 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from bench_cases import all_cases
-from bench_inputs import FULL, TP8, Case
+from bench_inputs import FULL, TP8, Case, relative_error, tensors
+from bench_peers import PeerTime, Refused, peer_time
 from bench_timing import copies_for, graph_us
 from minidsv.bench_timing import read_bandwidth
 from minidsv.kernels.pdl import PDL_MODES, PdlMode
@@ -41,31 +42,11 @@ class Row:
     flops: int
     error: float  # relative L2 against the reference
     us: dict[str, float]  # by PDL mode
+    peer: PeerTime | None = None
 
     @property
     def gb_per_s(self) -> float:
         return self.nbytes / self.us["prefetch"] / 1e3
-
-
-def tensors(result: Any) -> list[Tensor]:
-    """The tensors that an operator returned, or wrote."""
-    return [result] if isinstance(result, Tensor) else [t for t in result if t is not None]
-
-
-def numbers(t: Tensor) -> Tensor:
-    return t.double() if t.is_floating_point() else t.view(torch.uint8).double()
-
-
-def relative_error(got: list[Tensor], want: list[Tensor]) -> float:
-    """Worst relative L2 of the tensors; inf where one has a NaN or a wrong shape or dtype."""
-    worst = 0.0
-    for g, w in zip(got, want, strict=True):
-        if g.shape != w.shape or g.dtype != w.dtype:
-            return float("inf")
-        a, b = numbers(g), numbers(w)
-        error = float((a - b).norm() / b.norm().clamp_min(1e-30))
-        worst = max(worst, error if error == error else float("inf"))
-    return worst
 
 
 def checked(case: Case) -> float:
@@ -83,12 +64,21 @@ def checked(case: Case) -> float:
     return error
 
 
-def measure(dims: str, case: Case, modes: tuple[PdlMode, ...]) -> Row:
-    """Check, then time."""
+def measure(dims: str, case: Case, modes: tuple[PdlMode, ...], refusals: set[str] | None) -> Row:
+    """Check, then time; `refusals` of peers go to standard error once. None: without peers."""
     error = checked(case)
     runs = [case.build(seed) for seed in range(copies_for(case.cost[0], most=16))]
     us = {mode: graph_us([lambda run=run, mode=mode: run(mode) for run in runs]) for mode in modes}
-    return Row(dims, case.op, case.shape, *case.cost, error, us)
+    peer = None
+    if refusals is not None:
+        try:
+            peer = peer_time(runs, modes[-1])
+        except Refused as refused:
+            reason = f"no peer of {case.op}: {refused}"
+            if reason not in refusals:
+                print(reason, file=sys.stderr, flush=True)
+            refusals.add(reason)
+    return Row(dims, case.op, case.shape, *case.cost, error, us, peer)
 
 
 def report(row: Row, peak: float) -> str:
@@ -96,8 +86,12 @@ def report(row: Row, peak: float) -> str:
     share = 100 * row.gb_per_s / peak
     return (
         f"{row.dims:5}{row.op:26}{row.shape:22}{times}  {row.gb_per_s:8.0f}{share:6.0f} %"
-        f"{row.us['off'] / row.us['prefetch']:7.2f}x"
+        f"{row.us['off'] / row.us['prefetch']:7.2f}x{beside(row.peer)}"
     )
+
+
+def beside(peer: PeerTime | None) -> str:
+    return "" if peer is None else f"{peer.us:9.2f}{peer.ours_us / peer.us:6.2f}x {peer.name}"
 
 
 def header() -> str:
@@ -137,6 +131,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--dims", choices=sorted(DIMS), action="append", help="default: both")
     parser.add_argument("--tokens", type=int, action="append", help="default: 1, 8 and 64")
     parser.add_argument("--op", action="append", default=[], help="rows whose name has this")
+    parser.add_argument("--no-peers", action="store_true", help="without other libraries")
     parser.add_argument("--plot", metavar="FILE", help="write a roofline picture")
     parser.add_argument("--json", metavar="FILE", help="also write the JSON there")
     return parser.parse_args()
@@ -150,13 +145,15 @@ def main() -> int:
     rows, wrong = list[Row](), list[str]()
     print(f"{header()}, memory read at {peak:.0f} GB/s")
     modes = "  ".join(f"{mode:>8}" for mode in PDL_MODES)
-    print(f"{'dims':5}{'op':26}{'shape':22}{modes}      GB/s  peak  off/prefetch", flush=True)
+    modes += "      GB/s  peak  off/prefetch  peer us  x peer"
+    print(f"{'dims':5}{'op':26}{'shape':22}{modes}", flush=True)
+    refusals = None if args.no_peers else set[str]()
     for name in args.dims or DIMS:
         for case in all_cases(DIMS[name], args.tokens or [1, 8, 64]):
             if args.op and not any(part in case.op for part in args.op):
                 continue
             try:
-                rows.append(measure(name, case, PDL_MODES))
+                rows.append(measure(name, case, PDL_MODES, refusals))
                 print(report(rows[-1], peak), flush=True)
             except AssertionError as error:
                 wrong.append(f"{name} {error}")

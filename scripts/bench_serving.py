@@ -4,23 +4,27 @@
 
 First `LLM.generate` on as many random prompts; CUDA events around each replay of a graph give the
 replay's time and the device's idle time between two. Then the server over the same engine, and a
-client in a process of its own. Fails if a streamed answer is not the one that generate gave. Prints
-a table, and JSON as its last line.
+client in a process of its own (bench_client.py). A streamed answer that is not the one generate
+gave fails the run on the CPU. On a GPU a batch of another size, as streams form it, may round
+otherwise: there it fails unless the two part at a near tie, at most TIE apart in log-probability.
+Prints a table, and JSON as its last line; progress goes to standard error.
 """
 
-import asyncio
+import faulthandler
 import json
-import multiprocessing
+import math
 import os
 import random
 import signal
 import socket
 import statistics
+import subprocess
+import sys
+import threading
 import time
-import urllib.request
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
-from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -30,11 +34,20 @@ from prometheus_client.parser import text_string_to_metric_families
 from minidsv import LLM, SamplingParams
 from minidsv.cli import engine_options, run_app
 from minidsv.graph import DecodeGraphs
+from minidsv.llm import CompletionOutput
 from minidsv.server.options import ServerOptions
 from minidsv.server.process import serve
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-DATA, DONE = b"data: ", b"data: [DONE]"
+CLIENT = Path(__file__).with_name("bench_client.py")
+STUCK_SECONDS = 4  # less than the server waits for its engine's thread
+TIE = {"cpu": 0.0, "cuda": 0.25}  # nats
+BEST = 20  # tokens among which a tie is looked for
+BEGAN = time.monotonic()
+
+
+def say(message: str) -> None:
+    print(f"[{time.monotonic() - BEGAN:5.1f} s] {message}", file=sys.stderr, flush=True)
 
 
 class TimedGraph:
@@ -62,6 +75,8 @@ class Result:
     itl_us: float  # of the streams, one token to the next
     itl_p99_us: float
     tokens_per_s: float  # of all streams
+    different: int  # streamed answers that are not generate's
+    widest_tie: float  # nats between the tokens at which such answers part, at most
 
 
 def timed(graphs: DecodeGraphs | None) -> list[tuple[Any, Any]]:
@@ -90,6 +105,18 @@ def prompts_for(count: int, length: int, vocab_size: int) -> list[list[int]]:
     return [[generator.randrange(3, vocab_size) for _ in range(length)] for _ in range(count)]
 
 
+def gap(got: list[int], want: CompletionOutput) -> float:
+    """Nats between the first token of `got` that differs and the one in its place; 0: none does.
+
+    `want` has log-probabilities; inf if the token is not among them, or the lengths differ.
+    """
+    assert want.logprobs is not None
+    for token, better, best in zip(got, want.token_ids, want.logprobs, strict=False):
+        if token != better:
+            return best[better].logprob - best[token].logprob if token in best else math.inf
+    return 0.0 if len(got) == len(want.token_ids) else math.inf
+
+
 @dataclass
 class Answer:
     """One streamed answer."""
@@ -98,58 +125,96 @@ class Answer:
     times: list[float]  # of each event
 
 
-async def stream(port: int, body: bytes) -> Answer:
-    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 24)
-    head = "POST /generate HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\n"
-    writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-    times, last = list[float](), b"{}"
-    while not (line := await reader.readline()).startswith(DONE):
-        if line.startswith(DATA):
-            times.append(time.perf_counter())
-            last = line[len(DATA) :]
-        elif not line:
-            raise RuntimeError(f"cut off after {len(times)} events")
-    writer.close()
-    return Answer(json.loads(last)["output_ids"], times)
+class Client:
+    """scripts/bench_client.py as a process. Its end, whichever that is, ends the server."""
 
+    def __init__(self, task: dict[str, Any], limit: float):
+        self._task, self._limit, self._served = json.dumps(task), limit, threading.Event()
+        self._failure = "it was ended with the server"
+        self._output = ""
+        signal.signal(signal.SIGTERM, self._interrupt)  # until the server has handlers of its own
+        self._process = subprocess.Popen(
+            [sys.executable, str(CLIENT)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
 
-async def streams(port: int, bodies: list[bytes]) -> list[Answer]:
-    return await asyncio.gather(*(stream(port, body) for body in bodies))
-
-
-def client(port: int, bodies: list[list[bytes]], results: Connection, server: int) -> None:
-    """The client's process; ends the server."""
-    url = f"http://127.0.0.1:{port}"
-    while True:
+    def _run(self) -> None:
         try:
-            urllib.request.urlopen(f"{url}/ready")
-            break
-        except OSError:
-            time.sleep(0.1)
-    try:
-        asyncio.run(streams(port, bodies[0]))  # warms the server up
-        answers = [asyncio.run(streams(port, group)) for group in bodies]
-        page = urllib.request.urlopen(f"{url}/metrics").read().decode()
-        results.send((answers, page))
-    except Exception as error:
-        results.send((error, ""))
-    os.kill(server, signal.SIGTERM)
+            self._output, _ = self._process.communicate(self._task, self._limit)
+            code = self._process.returncode
+            self._failure = f"exit code {code}" if code else ""
+        except subprocess.TimeoutExpired:
+            self._failure = f"not done after {self._limit:g} s"
+            self._process.kill()
+        if not self._served.is_set():
+            os.kill(os.getpid(), signal.SIGTERM)
+        if self._failure and not self._served.wait(STUCK_SECONDS):
+            say(f"the client failed ({self._failure}), and the server does not end")
+            os._exit(1)
+
+    def _interrupt(self, *_: object) -> None:
+        raise self._error()
+
+    def _error(self) -> SystemExit:
+        return SystemExit(f"error: the client failed: {self._failure}")
+
+    def end(self) -> None:
+        """The server has ended."""
+        self._served.set()
+        if self._thread.is_alive():
+            self._process.kill()
+
+    def answers(self) -> tuple[list[list[Answer]], str]:
+        """(the streamed answers of each group, the metrics page). Raises SystemExit."""
+        if self._failure:
+            raise self._error()
+        output = json.loads(self._output)
+        return [[Answer(**one) for one in group] for group in output["groups"]], output["metrics"]
 
 
-def serve_and_ask(llm: LLM, bodies: list[list[bytes]]) -> tuple[list[list[Answer]], str]:
-    """(the streamed answers of each group, the metrics page)."""
+def serve_and_ask(
+    llm: LLM, bodies: list[list[str]], limit: float
+) -> tuple[list[list[Answer]], str]:
+    """What `Client.answers` gives. Raises SystemExit if server or client fails or is ended."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    results, mine = context.Pipe(duplex=False)
-    process = context.Process(target=client, args=(port, bodies, mine, os.getpid()))
-    process.start()
-    serve(lambda: llm.engine, ServerOptions(port=port, log_level="warning"))
-    answers, page = results.recv()
-    process.join()
-    if isinstance(answers, Exception):
-        raise answers
-    return answers, page
+    client = Client({"port": port, "groups": bodies, "limit": limit}, limit)
+    options = ServerOptions(port=port, log_level="warning", drain_seconds=0)
+    try:
+        code = serve(lambda: llm.engine, options)
+    finally:
+        client.end()
+    if code:
+        raise SystemExit(code)
+    return client.answers()
+
+
+def compared(
+    timing: tuple[float | None, float | None, float],
+    answers: list[Answer],
+    wanted: list[CompletionOutput],
+    tie: float,
+) -> Result:
+    """Streams beside `generate`'s (replay, idle share, step). Raises SystemExit if they part."""
+    ties = [gap(answer.output_ids, one) for answer, one in zip(answers, wanted, strict=True)]
+    different = sum(a.output_ids != w.token_ids for a, w in zip(answers, wanted, strict=True))
+    if max(ties) > tie:
+        raise SystemExit(
+            f"{different} of {len(ties)} streamed answers differ from generate's, by up to "
+            f"{max(ties):.3g} nats where they part"
+        )
+    gaps = sorted(b - a for answer in answers for a, b in pairwise(answer.times))
+    first, last = (f(t for a in answers for t in a.times) for f in (min, max))
+    return Result(
+        len(answers),
+        *timing,
+        itl_us=1e6 * statistics.median(gaps),
+        itl_p99_us=1e6 * gaps[len(gaps) * 99 // 100],
+        tokens_per_s=len(gaps) / (last - first),
+        different=different,
+        widest_tie=max(ties),
+    )
 
 
 @app.command(help=__doc__)
@@ -160,46 +225,38 @@ def bench_serving(
     concurrency: Annotated[list[int], typer.Option(min=1, help="streams at once")] = [1, 8, 64],  # noqa: B006
     prompt_tokens: Annotated[int, typer.Option(min=1, help="of a random prompt")] = 128,
     tokens: Annotated[int, typer.Option(min=4, help="of an answer")] = 256,
+    limit: Annotated[
+        float, typer.Option(min=1, help="seconds for the server and its client")
+    ] = 300,
 ) -> None:
+    faulthandler.register(signal.SIGTERM, chain=True)  # a run that is cut off says where it stood
+    say("building the engine; with a cold cache Triton compiles for minutes")
     llm = LLM(**engine)
+    say(f"engine ready: {llm.engine.runner.describe()}")
     runner, model = llm.engine.runner, llm.engine.model_config
     params = SamplingParams(max_tokens=tokens, ignore_eos=True)
     replays = timed(runner.graphs)
-    measured, wanted, times = list[tuple[Any, ...]](), list[list[list[int]]](), list[float]()
+    measured, wanted, times = list[tuple[Any, ...]](), list[list[CompletionOutput]](), list[float]()
+    scored = replace(params, logprobs=BEST)
     groups = [prompts_for(count, prompt_tokens, model.vocab_size) for count in concurrency]
     for group in groups:
         llm.generate(group, params)
         replays.clear()
         times.clear()
-        outputs = llm.generate(group, params, lambda _: times.append(time.perf_counter()))
+        llm.generate(group, params, lambda _: times.append(time.perf_counter()))
         steps = times[:: len(group)][tokens // 4 :]
         step_us = 1e6 * statistics.median(b - a for a, b in pairwise(steps))
         measured.append((*replay_and_idle(replays), step_us))
-        wanted.append([output.outputs[0].token_ids for output in outputs])
+        wanted.append([output.outputs[0] for output in llm.generate(group, scored)])
+        say(f"generate: concurrency {len(group)} done")
     sampling = {"max_new_tokens": tokens, "ignore_eos": True, "temperature": 0}
     body = {"stream": True, "sampling_params": sampling}
-    bodies = [[json.dumps(body | {"input_ids": ids}).encode() for ids in group] for group in groups]
-    answers, page = serve_and_ask(llm, bodies)
-    results = []
-    for count, (replay, idle, step_us), group, want in zip(
-        concurrency, measured, answers, wanted, strict=True
-    ):
-        different = sum(a.output_ids != ids for a, ids in zip(group, want, strict=True))
-        if different:
-            raise SystemExit(f"{different} of {count} streamed answers differ from generate's")
-        gaps = sorted(b - a for answer in group for a, b in pairwise(answer.times))
-        first, last = (f(t for a in group for t in a.times) for f in (min, max))
-        results.append(
-            Result(
-                count,
-                replay,
-                idle,
-                step_us,
-                1e6 * statistics.median(gaps),
-                1e6 * gaps[len(gaps) * 99 // 100],
-                count * (tokens - 1) / (last - first),
-            )
-        )
+    bodies = [[json.dumps(body | {"input_ids": ids}) for ids in group] for group in groups]
+    answers, page = serve_and_ask(llm, bodies, limit)
+    results = [
+        compared(*each, TIE[runner.device.type])
+        for each in zip(measured, answers, wanted, strict=True)
+    ]
     report(llm, results, page)
 
 

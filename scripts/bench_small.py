@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from bench_inputs import EXACT, FP8, Case, Dims, Run, normal, rope_tables
+from bench_inputs import EXACT, FP8, Case, Dims, Launch, Run, normal, rope_tables
 from minidsv.kernels.argmax import argmax, argmax_cost
 from minidsv.kernels.index_cache import fp8_page_bytes
 from minidsv.kernels.indexer_prep import (
@@ -37,11 +37,11 @@ def norms(d: Dims, m: int) -> Iterator[Case]:
 
     def norm(seed: int) -> Run:
         x = normal(seed, m, d.q_lora)
-        return lambda pdl: rms_norm(x, gains[d.q_lora], 1e-6, pdl)
+        return Launch(rms_norm, x, gains[d.q_lora], 1e-6)
 
     def add_norm(seed: int) -> Run:
         x, residual = normal(seed, m, d.hidden), normal(seed + 1, m, d.hidden)
-        return lambda pdl: add_rms_norm(x, residual, gains[d.hidden], 1e-6, pdl)
+        return Launch(add_rms_norm, x, residual, gains[d.hidden], 1e-6)
 
     def groups(seed: int) -> Run:
         x = normal(seed, m, d.hidden)
@@ -71,7 +71,7 @@ def preparations(d: Dims, m: int) -> Iterator[Case]:
     def q_quant(seed: int) -> Run:
         q = normal(seed, m, d.heads, c + r).split((c, r), -1)
         k = normal(seed + 1, m, c + r).split((c, r), -1)
-        return lambda pdl: mla_rope_quantize_fp8(*q, *k, cos, sin, pdl=pdl)
+        return Launch(mla_rope_quantize_fp8, *q, *k, cos, sin)
 
     def index_q(seed: int) -> Run:
         q, gate = normal(seed, m, h, dim), normal(seed, m, h, dtype=torch.float32)

@@ -4,11 +4,12 @@
     python scripts/make_benchmarks.py --check    # exit status 1 if they are not what this writes
 
 A result is a line of JSON in a file NAME.json, of `minidsv bench` or scripts/bench_kernels.py;
-NAME.png beside it is shown with it. Files come in the order of their names.
+NAME.png beside it is shown with it. Files come in the order of their names, m8 before m64.
 """
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -25,6 +26,8 @@ and `scripts/bench_kernels.py` say how they measure in the files' docstrings
 over the bandwidth that was measured in the same run, MBU its share of the step's time, and a
 layer's numbers are the difference between models of two layer counts over the layers between.
 *Saved a launch* is what a variant takes less than `graph`, over the launches of a step, in us.
+*x peer* is our time over that of another library's kernel, the two replayed in turn on the same
+inputs (`scripts/bench_peers.py`); `-` where none does the same, or ran.
 """
 NOTHING = "Nothing was measured on a GPU yet: `docs/results/` holds no run."
 Result = dict[str, Any]
@@ -110,19 +113,26 @@ def profile_table(result: Result) -> str:
 
 
 def kernels_table(result: Result) -> str:
-    """scripts/bench_kernels.py's rows; wrong ones by name."""
+    """scripts/bench_kernels.py's rows, with their peers if one ran; wrong ones by name."""
     peak = result["read_gb_per_s"]
     modes = list(result["rows"][0]["us"]) if result["rows"] else []
+    headings = ["dims", "op", "shape", *modes, "GB/s", "of peak"]
+    with_peers = any(row.get("peer") for row in result["rows"])
     rows = []
     for row in result["rows"]:
         speed = row["nbytes"] / row["us"][modes[-1]] / 1e3
-        rows.append(
-            [row["dims"], row["op"], row["shape"], *(number(row["us"][m], 2) for m in modes),
-             number(speed, 0), percent(speed / peak)]
-        )  # fmt: skip
+        cells = [row["dims"], row["op"], row["shape"], *(number(row["us"][m], 2) for m in modes),
+                 number(speed, 0), percent(speed / peak)]  # fmt: skip
+        rows.append(cells + (peer_cells(row.get("peer")) if with_peers else []))
     text = f"{result['header']}, memory read at {number(peak, 0)} GB/s\n\n"
-    text += table(["dims", "op", "shape", *modes, "GB/s", "of peak"], rows)
+    text += table(headings + (["peer", "its us", "x peer"] if with_peers else []), rows)
     return "\n\n".join([text, *(f"**wrong:** {wrong}" for wrong in result["wrong"])])
+
+
+def peer_cells(peer: dict[str, Any] | None) -> list[str]:
+    if peer is None:
+        return ["-"] * 3
+    return [peer["name"], number(peer["us"], 2), f"{peer['ours_us'] / peer['us']:.2f}"]
 
 
 TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
@@ -137,7 +147,7 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
 def read_results(folder: Path) -> list[tuple[Path, Result]]:
     """Every line of every file; a line that is no result is a ValueError that names it."""
     results = []
-    for file in sorted(folder.glob("*.json")):
+    for file in sorted(folder.glob("*.json"), key=in_order):
         for at, text in enumerate(file.read_text().splitlines(), 1):
             try:
                 result = json.loads(text)
@@ -147,6 +157,11 @@ def read_results(folder: Path) -> list[tuple[Path, Result]]:
                 raise ValueError(f"{file}:{at}: not a result ({error!r})") from None
             results.append((file, result))
     return results
+
+
+def in_order(file: Path) -> list[str | int]:
+    """The name with its numbers as numbers."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", file.stem)]
 
 
 def benchmarks(results: Sequence[tuple[Path, Result]]) -> str:

@@ -1,12 +1,15 @@
 """scripts/make_benchmarks.py: what is committed is what it makes, and what it makes of results."""
 
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import make_benchmarks
+from bench_kernels import Row
+from bench_peers import PeerTime
 from rigs import TINY, run_bench
 
 ROOT = Path(__file__).parents[1]
@@ -133,6 +136,23 @@ def test_operators(tree: Path) -> None:
     assert "H100, memory read at 3,000 GB/s" in page
     assert "| full | q_b | M=1 | 9.00 | 8.50 | 8.25 | 8.00 | 2,000 | 66.7 % |" in page
     assert "**wrong:** topk" in page
+
+
+def test_operators_beside_their_peers(tree: Path) -> None:
+    peer = PeerTime("deep_gemm masked x 2", us=10.0, ours_us=7.5, error=0.04)
+    row = Row("full", "moe", "M=8", nbytes=1000, flops=1, error=0.0, us={"prefetch": 8.0})
+    rows = [asdict(replace(row, peer=peer)), asdict(replace(row, op="argmax"))]
+    result = {"header": "H100", "read_gb_per_s": 3000.0, "rows": rows, "wrong": []}
+    add(tree, "k_m8.json", result)
+    old = {"op": "moe", "dims": "full", "shape": "M=1", "nbytes": 1000, "us": {"prefetch": 8.0}}
+    for name in ("k_m64.json", "k_m1.json", "k_tp8_m1.json"):
+        add(tree, name, result | {"rows": [old]})
+    page, _ = generated(tree)
+    assert "| moe | M=8 | 8.00 | 0 | 0.0 % | deep_gemm masked x 2 | 10.00 | 0.75 |" in page
+    assert "| argmax | M=8 | 8.00 | 0 | 0.0 % | - | - | - |" in page
+    titles = [line.split(":")[0] for line in page.splitlines() if line.startswith("## ")]
+    assert titles == ["## k_m1", "## k_m8", "## k_m64", "## k_tp8_m1"]
+    assert page.count("| peer |") == 1
 
 
 @pytest.mark.parametrize(

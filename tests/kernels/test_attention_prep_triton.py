@@ -1,9 +1,11 @@
 """attention_prep's one launch against the references of its five operators, in buffers of NaN.
 
-On a GPU in every PDL mode, which must agree in every bit; `test_triton.py` runs the same file in
-Triton's interpreter, where activations are fp32 and nothing is quantised.
+On a GPU DeepSeek-V3.2 with caches alike in every PDL mode, which must agree in every bit; the rest
+(GLM-5, interleaved; the bundled model; unlike caches; more tokens) in one. `test_triton.py` runs
+the same file in Triton's interpreter, where activations are fp32 and nothing is quantised.
 """
 
+import functools
 from collections.abc import Iterator
 
 import pytest
@@ -15,6 +17,7 @@ from minidsv.kernels.attention_prep import IndexKeys, IndexQueries, LatentRows, 
 from minidsv.kernels.index_cache import fp8_page_bytes, read_index_k_buffer
 from minidsv.kernels.pdl import is_interpreted
 from minidsv.kernels.set_mla_kv_buffer import fp8_row_bytes, read_mla_kv_buffer
+from minidsv.kernels.tiles_gemm import PREPARED_TOKENS
 
 pytestmark = [] if is_interpreted() else [pytest.mark.gpu]
 DEVICE = "cpu" if is_interpreted() else "cuda"
@@ -22,9 +25,10 @@ MODES = ("prefetch",) if is_interpreted() else ("off", "seed", "on", "prefetch")
 DTYPE = torch.float32 if is_interpreted() else torch.bfloat16
 TOKENS = (0, 1, 18) if is_interpreted() else (0, 1, 8, 17, 64, 65)
 CACHES = ("plain",) if is_interpreted() else ("plain", "fp8")
-# heads, n, v, C, r, index heads
-DIMS = [(3, 24, 16, 128, 32, 20)] if is_interpreted() else [(128, 128, 128, 512, 64, 64)]
-DIMS += [] if is_interpreted() else [(64, 192, 256, 512, 64, 32), (8, 64, 64, 128, 64, 32)]
+# (heads, n, v, C, r, index heads), whether the indexer's rope is interleaved
+TINY, FULL = (3, 24, 16, 128, 32, 20), (128, 128, 128, 512, 64, 64)
+SHAPES = [(FULL, False), ((64, 192, 256, 512, 64, 32), True), ((8, 64, 64, 128, 64, 32), False)]
+SHAPES = [(TINY, False), (TINY, True)] if is_interpreted() else SHAPES
 PAGES, PAGE = 5, 64
 
 
@@ -39,6 +43,12 @@ def poisoned(fp8: bool, plain: tuple[int, ...], packed: tuple[int, ...]) -> Tens
     return torch.full(plain, float("nan"), dtype=DTYPE, device=DEVICE)
 
 
+@functools.cache
+def key_weights(heads: int, n: int, v: int, c: int) -> Tensor:
+    """w_uk [H, n, C], a view as the model's."""
+    return (normal(heads, n + v, c, seed=2) / 8).to(DTYPE)[:, :n]
+
+
 class Layer:
     """Inputs of one call, over caches of its own."""
 
@@ -46,7 +56,7 @@ class Layer:
         heads, n, v, c, r, index_heads = dims
         d = 2 * r
         self.q = normal(tokens, heads, n + r, seed=1, dtype=DTYPE)
-        self.w_uk = (normal(heads, n + v, c, seed=2) / 8).to(DTYPE)[:, :n]
+        self.w_uk = key_weights(heads, n, v, c)
         slots = PAGES * PAGE
         self.kv = poisoned(kv == "fp8", (slots, c + r), (slots, fp8_row_bytes(c, r)))
         self.index = poisoned(index == "fp8", (PAGES, PAGE, d), (PAGES, fp8_page_bytes(d)))
@@ -81,22 +91,25 @@ class Layer:
         return read_mla_kv_buffer(self.kv, self.loc, c), keys[self.loc]
 
 
-@pytest.mark.parametrize("part", ["queries", "keys", "neither"])
-@pytest.mark.parametrize("interleaved", [True, False])
-@pytest.mark.parametrize("index", CACHES)
+PARTS = [(index, part) for index in CACHES for part in ("queries", "keys")]
+
+
+@pytest.mark.parametrize(("index", "part"), [*PARTS, ("plain", "neither")])
 @pytest.mark.parametrize("kv", CACHES)
-@pytest.mark.parametrize("dims", DIMS)
-def test_against_the_operators(dims, kv: str, index: str, interleaved: bool, part: str) -> None:
+@pytest.mark.parametrize(("dims", "interleaved"), SHAPES)
+def test_against_the_operators(dims, interleaved: bool, kv: str, index: str, part: str) -> None:
     for tokens in TOKENS:
+        one_launch = dims == FULL and kv == index and tokens <= PREPARED_TOKENS
+        modes = MODES if one_launch else MODES[-1:]
         want = Layer(tokens, dims, kv, index, part)
         expected = list(want.run(interleaved, None))
         results = []
-        for mode in MODES:
+        for mode in modes:
             layer = Layer(tokens, dims, kv, index, part)
             results.append([*layer.run(interleaved, mode)])
             for one, other in zip(results[0], results[-1], strict=True):
                 same = torch.equal(*(t.contiguous().view(torch.uint8) for t in (one, other)))
-                assert same or not one.numel(), f"{mode} differs from {MODES[0]}"
+                assert same or not one.numel(), f"{mode} differs from {modes[0]}"
         tol = "fp32_logits" if torch.float32 == DTYPE else "bf16"
         names = ("q_latent", "q_pe", "index q", "weights")[: len(expected) - 2]
         for name, got, wanted in zip(names, results[0], expected, strict=False):
@@ -117,7 +130,7 @@ def test_against_the_operators(dims, kv: str, index: str, interleaved: bool, par
 
 def test_fp8_rows_of_exact_numbers() -> None:
     """Latents whose amax is 448, so that their scale is 1 and every code is a gain."""
-    layer = Layer(5, DIMS[-1], "fp8", "plain", "keys")
+    layer = Layer(5, SHAPES[-1][0], "fp8", "plain", "keys")
     c, r = layer.latents.gain.shape[0], layer.q.shape[2] - layer.w_uk.shape[1]
     gain = torch.tensor([448.0, -3.5, 0.0, 26.0]).repeat(c // 4).to(DEVICE)
     rows = torch.full((5, c + r), 2.0)

@@ -17,6 +17,7 @@ DEVICE = "cpu" if is_interpreted() else "cuda"
 MODES = ("prefetch",) if is_interpreted() else ("off", "seed", "on", "prefetch")
 DTYPE = torch.float32 if is_interpreted() else torch.bfloat16
 TOLERANCE = "fp32_logits" if is_interpreted() else "bf16"
+SUMS = "fp32_logits" if is_interpreted() else "bf16_terms"
 # tokens, experts, top_k, hidden, inner, inner of the shared expert (0: none)
 CASES = [(1, 4, 2, 128, 128, 128), (3, 4, 2, 160, 96, 32), (21, 3, 1, 128, 64, 0)]
 if not is_interpreted():
@@ -76,8 +77,10 @@ def test_moe_experts(
     weights = torch.rand(tokens, top_k, device=DEVICE) + 0.1
     results = [moe_experts(x, weights, ids, *stacks, *shared_mlp, pdl=mode) for mode in MODES]
     want = moe_experts_ref(x, weights, ids, *stacks, *shared_mlp)
+    terms = (weights.square().sum(1, keepdim=True) + (shared > 0)).sqrt()  # what roundings add to
     for got in results:
-        assert_close("experts", got, want, TOLERANCE)
+        assert got.dtype == want.dtype
+        assert_close("experts", got.float() / terms, want.float() / terms, SUMS)
         assert torch.equal(got, results[0])
 
 
@@ -102,7 +105,7 @@ def test_faint_tokens_keep_their_bits(tokens: int) -> None:
         assert relative_l2(swiglu_mlp(x, *weights, pdl=mode), want) < 1e-2
 
 
-@pytest.mark.parametrize(("slots", "experts", "bt"), [(1, 4, 16), (600, 5, 32), (5000, 3, 128)])
+@pytest.mark.parametrize(("slots", "experts", "bt"), [(1, 4, 8), (600, 5, 32), (5000, 3, 128)])
 def test_plan(slots: int, experts: int, bt: int) -> None:
     """Slots by expert, in order; tiles of one expert each, the unused ones empty."""
     from minidsv.kernels.moe_plan_triton import max_tiles, prepare

@@ -19,6 +19,7 @@ from minidsv.kernels.combine_triton import combine, combine_values
 from minidsv.kernels.pdl import is_interpreted, triton_mode
 from minidsv.kernels.set_mla_kv_buffer import (
     fp8_row_bytes,
+    read_mla_kv_buffer,
     set_mla_kv_buffer,
     set_mla_kv_buffer_fp8_quant,
 )
@@ -36,7 +37,7 @@ KV_SCALE, Q_SCALE = 2.0**-7, 2.0**-2
 DIMS = [(128, 64)] if is_interpreted() else [(512, 64), (128, 64)]
 HEADS = [1, 70] if is_interpreted() else [1, 4, 16, 17, 64, 100, 128]
 TOPK = [21] if is_interpreted() else [1, 64, 100, 2048]
-TOKENS = [0, 3, 8] if is_interpreted() else [0, 1, 3, 40]
+TOKENS = [0, 1, 8] if is_interpreted() else [0, 1, 3, 40]
 
 
 def cache(layout: str, rows: Tensor, c: int, written: Tensor) -> Tensor:
@@ -84,6 +85,12 @@ def inputs(layout: str, tokens: int, heads: int, topk: int, c: int, r: int):
     return q_latent, q_pe, kv_buffer, indices
 
 
+def as_multiplied(kv_buffer: Tensor, c: int) -> Tensor:
+    """fp8 rows as plain ones of the query's dtype, to which the kernel rounds value times scale."""
+    rows = read_mla_kv_buffer(kv_buffer, torch.arange(SLOTS, device=DEVICE), c, 1.0)
+    return rows.to(QUERY)
+
+
 def scales(layout: str) -> dict[str, float]:
     found = {"scale": 0.1, "kv_scale": KV_SCALE if "flat" in layout else 1.0}
     return found | {"q_scale": Q_SCALE if "query" in layout else 1.0}
@@ -93,16 +100,22 @@ def scales(layout: str) -> dict[str, float]:
 @pytest.mark.parametrize(("c", "r"), DIMS)
 @pytest.mark.parametrize("heads", HEADS)
 def test_against_the_reference(layout: str, c: int, r: int, heads: int) -> None:
-    """The reference reads the same rounded rows, so this is the tight check of every layout."""
+    """The reference reads the rows that the kernel multiplies: the tight check of every layout.
+
+    The scores of fp8 rows as stored differ by a few 2^-9 / sqrt(3) of their deviation.
+    """
     for tokens in TOKENS:
         for topk in TOPK:
             args = inputs(layout, tokens, heads, topk, c, r)
             modes = MODES if c == DIMS[0][0] and heads in (1, 128) else MODES[-1:]
             got = [sparse_mla(*args, **scales(layout), pdl=mode) for mode in modes]
-            want = sparse_mla_ref(*args, **scales(layout))
+            want = stored = sparse_mla_ref(*args, **scales(layout))
+            if layout == "fp8":
+                want = sparse_mla_ref(*args[:2], as_multiplied(args[2], c), args[3], 0.1)
             name = f"{tokens} tokens, top {topk}"
             assert_close(name, got[0], want, "bf16")
-            assert not want.any() or relative_l2(got[0], want) < 8e-3, name
+            assert not want.any() or relative_l2(got[0], want) < 5e-3, name
+            assert not want.any() or relative_l2(got[0], stored) < 1e-2, name
             assert not got[0][2::4].count_nonzero(), f"{name}: no slot, no zeros"
             for mode, other in zip(modes, got, strict=True):
                 assert torch.equal(other, got[0]), f"{name}: {mode} differs"
@@ -113,7 +126,7 @@ def test_against_the_reference(layout: str, c: int, r: int, heads: int) -> None:
 )
 @pytest.mark.parametrize("c", [c for c, _ in DIMS])
 def test_sum_of_splits(tokens: int, splits: int, c: int) -> None:
-    """Alone and with W_UV, which lies between NaNs; a token's splits may all be empty."""
+    """A lone token's with W_UV too, which lies between NaNs; a token's splits may all be empty."""
     heads, v, dtype = 3, 48, torch.float32 if is_interpreted() else torch.bfloat16
     generator = torch.Generator().manual_seed(tokens + splits)
     lse = torch.randn(tokens, splits, heads, generator=generator) * 4
@@ -129,25 +142,31 @@ def test_sum_of_splits(tokens: int, splits: int, c: int) -> None:
     want = (shares * partial.double()).sum(1)
     modes = [triton_mode(partial, mode) for mode in MODES]
     latents = [combine(partial, lse, mode) for mode in modes]
-    values = [combine_values(partial, lse, w_uv, mode) for mode in modes]
     tol = "bf16" if dtype == torch.bfloat16 else "fp32"
     assert_close("latents", latents[0], want.to(dtype), tol)
-    product = torch.einsum("thc,hvc->thv", latents[0].double(), w_uv.double())
+    assert all(torch.equal(other, latents[0]) for other in latents)
+    if tokens != 1:
+        return
+    values = [combine_values(partial, lse, w_uv, mode) for mode in modes]
+    product = torch.einsum("thc,hvc->thv", latents[0].double(), w_uv.double()).flatten(1)
     assert_close("values", values[0], product.to(dtype), "bf16" if tol == "bf16" else "fp32_logits")
-    for result in (latents, values):
-        assert all(torch.equal(other, result[0]) for other in result)
+    assert all(torch.equal(other, values[0]) for other in values)
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_values(tokens: int) -> None:
+    """As a whole: an element errs by 2^-9 of the latents that it weighs, however small it is."""
     (c, r), heads, topk = DIMS[0], HEADS[-1], 100
     q_latent, q_pe, kv_buffer, indices = inputs("fp8", tokens, heads, topk, c, r)
     w_uv = torch.randn(heads, 24, c, generator=torch.Generator().manual_seed(3)) / 8
-    args = q_latent, q_pe, kv_buffer, indices, w_uv.to(DEVICE, QUERY), 0.1
-    got = sparse_mla_values(*args, MODES[-1])
-    latent = sparse_mla_ref(*args[:4], 0.1)
-    want = torch.einsum("thc,hvc->thv", latent.double(), args[4].double())
-    assert_close("values", got, want.flatten(1).to(QUERY), "bf16")
+    w_uv = w_uv.to(DEVICE, QUERY)
+    got = sparse_mla_values(q_latent, q_pe, kv_buffer, indices, w_uv, 0.1, MODES[-1])
+    latent = sparse_mla_ref(q_latent, q_pe, as_multiplied(kv_buffer, c), indices, 0.1)
+    want = torch.einsum("thc,hvc->thv", latent.double(), w_uv.double()).flatten(1)
+    assert got.shape == want.shape
+    assert got.dtype == QUERY
+    assert not got[2::4].count_nonzero(), "no slot, no zeros"
+    assert not tokens or relative_l2(got, want) < 5e-3
 
 
 @pytest.mark.parametrize("layout", ["fp8", "fp8_flat"])
