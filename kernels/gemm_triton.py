@@ -28,6 +28,7 @@ from minidsv.kernels.segments_triton import (
     store,
 )
 from minidsv.kernels.tile import Tile
+from minidsv.kernels.tiles_gemm import BF16_SOME
 
 
 @triton.jit
@@ -218,9 +219,6 @@ def wide_sizes(tile: Tile) -> dict[str, int]:
     return {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "OTHER_N": 64}
 
 
-GATES = ("*bf16:16", "*fp32:16")  # weight, output
-
-
 def _spec(size: int, narrow: bool) -> KernelSpec:
     """Of weights of `size` bytes. The narrow kernel takes any numbers of rows; the wide one those
     that it finds in the models, sixteens but for the experts of a small one."""
@@ -232,7 +230,8 @@ def _spec(size: int, narrow: bool) -> KernelSpec:
 
     rows = launch_rows(size, lambda t: t.narrow if narrow else t.wide, own, normed=False)
     if not narrow:
-        gates = [r for r in rows if (r.arguments["w0"], r.arguments["o0"]) == GATES]
+        few = wide_sizes(BF16_SOME).items() | {("w0", "*bf16:16"), ("o0", "*fp32:16")}
+        gates = [row for row in rows if few <= row.arguments.items()]
         rows += tuple(replace(row, arguments=row.arguments | {"n0": "i32"}) for row in gates)
     return KernelSpec(_narrow_kernel if narrow else _wide_kernel, rows, WEIGHTS, fp_fusion=True)
 

@@ -7,7 +7,7 @@
 A device holds a projection of few rows at once, which takes more bytes a program than many rows do.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from minidsv.kernels.tile import Rule, Tile
 
@@ -33,71 +33,47 @@ class Tiles:
 
 LONG_SUM = Tile(1, 4, 2048, num_stages=1)
 BF16_SUM = Tile(1, 8, 1024, num_stages=1)
-FP8_LAST = Tile(128, 128, 128, num_warps=8)
-BF16_LAST = Tile(128, 128, 128, num_warps=8)
+LAST = Tile(128, 128, 128, num_warps=8)
+BF16_SOME = Tile(64, 64, 128, num_warps=8)
+FP8_FEW_LONG = Tiles(
+    LONG_SUM,
+    (Tile(8, 16, 512, split=2),),
+    (
+        Tile(16, 64, 128, split=7, num_stages=4),
+        Tile(32, 64, 128, split=7, num_stages=4),
+        Tile(64, 64, 128, split=7),
+        LAST,
+    ),
+)
+FP8_FEW_SHORT = Tiles(
+    LONG_SUM,
+    (Tile(8, 16, 512, num_stages=4),),
+    (Tile(16, 64, 128, num_stages=4), Tile(64, 64, 128), LAST),
+)
+FP8_MANY_LONG = Tiles(
+    LONG_SUM,
+    (Tile(8, 16, 512, num_stages=4), Tile(16, 32, 256, split=2, num_warps=2, num_stages=4)),
+    (
+        Tile(32, 64, 128, split=7, num_stages=4),
+        Tile(64, 128, 128, split=4, num_warps=8),
+        LAST,
+    ),
+)
+FP8_MANY_SHORT = Tiles(
+    Tile(1, 8, 512, num_warps=2, num_stages=1),
+    (Tile(8, 32, 256, num_warps=2, num_stages=4), Tile(16, 32, 256, num_warps=2, num_stages=4)),
+    (Tile(32, 64, 128, num_stages=4), Tile(64, 128, 128, num_warps=8), LAST),
+)
+BF16_FEW_LONG = Tiles(
+    LONG_SUM,
+    (Tile(8, 16, 512, split=7), Tile(16, 16, 256, split=14, num_warps=2)),
+    (replace(BF16_SOME, split=14), LAST),
+)
+BF16_FEW_SHORT = Tiles(LONG_SUM, (Tile(8, 16, 512), Tile(16, 16, 256, num_warps=2)), (BF16_SOME,))
+BF16_MANY = Tiles(BF16_SUM, (Tile(8, 64, 512), Tile(16, 32, 512)), (BF16_SOME, LAST))
 LINEAR = {  # by bytes of a weight; few rows, many rows; long sums, short sums
-    1: (
-        (
-            Tiles(
-                LONG_SUM,
-                (Tile(8, 16, 512, split=2),),
-                (
-                    Tile(16, 64, 128, split=7, num_stages=4),
-                    Tile(32, 64, 128, split=7, num_stages=4),
-                    Tile(64, 64, 128, split=7),
-                    FP8_LAST,
-                ),
-            ),
-            Tiles(
-                LONG_SUM,
-                (Tile(8, 16, 512),),
-                (Tile(16, 64, 128, num_stages=4), Tile(64, 64, 128), FP8_LAST),
-            ),
-        ),
-        (
-            Tiles(
-                LONG_SUM,
-                (Tile(8, 16, 512), Tile(16, 32, 256, split=2, num_warps=2, num_stages=4)),
-                (
-                    Tile(32, 64, 128, split=4, num_stages=4),
-                    Tile(64, 128, 128, split=4, num_warps=8),
-                    FP8_LAST,
-                ),
-            ),
-            Tiles(
-                Tile(1, 8, 512, num_warps=2, num_stages=1),
-                (Tile(8, 16, 512),),
-                (
-                    Tile(16, 64, 128, num_stages=4),
-                    Tile(32, 64, 128, num_stages=4),
-                    Tile(64, 128, 128, num_warps=8),
-                    FP8_LAST,
-                ),
-            ),
-        ),
-    ),
-    2: (
-        (
-            Tiles(
-                LONG_SUM,
-                (Tile(8, 16, 512, split=7), Tile(16, 16, 256, split=14, num_warps=2)),
-                (Tile(64, 64, 128, split=14), BF16_LAST),
-            ),
-            Tiles(
-                LONG_SUM,
-                (Tile(8, 16, 512), Tile(16, 16, 256, num_warps=2)),
-                (Tile(64, 64, 128), BF16_LAST),
-            ),
-        ),
-        2
-        * (
-            Tiles(
-                BF16_SUM,
-                (Tile(8, 64, 512), Tile(16, 32, 512)),
-                (Tile(64, 64, 128), BF16_LAST),
-            ),
-        ),
-    ),
+    1: ((FP8_FEW_LONG, FP8_FEW_SHORT), (FP8_MANY_LONG, FP8_MANY_SHORT)),
+    2: ((BF16_FEW_LONG, BF16_FEW_SHORT), (BF16_MANY, BF16_MANY)),
 }
 ABSORB_SHORT = Tile(16, 128, 128, num_stages=1)  # heads that sum over at most 256 columns
 ABSORB_LONG = Tile(16, 32, 512, num_stages=1)
