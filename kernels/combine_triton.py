@@ -56,14 +56,14 @@ def _combine_values_kernel(
     w += head * w_head + rows[:, None] * w_row + tl.arange(0, C)[None, :]
     if PDL == "prefetch":
         tile = tl.load(w, mask=rows[:, None] < n, other=0.0)
-    pdl_begin(PDL)
+    pdl_begin(PDL, LATE=True)
     if PDL != "prefetch":
         tile = tl.load(w, mask=rows[:, None] < n, other=0.0)
     latent = _sum_splits(partial, lse, 0, head, heads, splits, SPLIT, C)
     latent = latent.to(tile.dtype).to(tl.float32)  # as absorb_v has it
     y = tl.sum(tile.to(tl.float32) * latent[None, :], 1)
     tl.store(out + head * n + rows, y.to(out.dtype.element_ty), mask=rows < n)
-    pdl_end(PDL)
+    pdl_end(PDL, LATE=True)
 
 
 WIDTHS = (512, 128)  # C: DeepSeek-V3.2 and GLM-5; the bundled model

@@ -22,18 +22,21 @@ from minidsv.kernels.pdl import PdlMode, launch_kwargs
 
 
 @triton.jit
-def pdl_begin(PDL: tl.constexpr) -> None:
-    """Wait for the kernels before, then (except in the seed's order) let the next one start."""
+def pdl_begin(PDL: tl.constexpr, LATE: tl.constexpr = False) -> None:
+    """Wait for the kernels before, then let the next one start, unless that is `pdl_end`'s."""
     if PDL != "off":
         tl.extra.cuda.gdc_wait()
-        if PDL != "seed":
+        if PDL == "on" or (PDL == "prefetch" and not LATE):
             tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
-def pdl_end(PDL: tl.constexpr) -> None:
-    """The seed's trigger."""
-    if PDL == "seed":
+def pdl_end(PDL: tl.constexpr, LATE: tl.constexpr = False) -> None:
+    """The seed's trigger, and with `prefetch` that of a kernel which leaves SMs idle (LATE).
+
+    What starts early is placed on those SMs alone and stays there, also when the others are free.
+    """
+    if PDL == "seed" or (PDL == "prefetch" and LATE):
         tl.extra.cuda.gdc_launch_dependents()
 
 

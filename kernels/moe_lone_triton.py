@@ -115,7 +115,7 @@ def _lone_down_kernel(
     rows, one, several = block + tl.arange(0, ROWS), tl.arange(0, 1), tl.arange(0, S)
     if PDL == "prefetch":
         tile = _weights(shared_weight + one, rows, one + hidden, 0, shared_inner, S * C)
-    pdl_begin(PDL)
+    pdl_begin(PDL, LATE=True)
     if PDL != "prefetch":
         tile = _weights(shared_weight + one, rows, one + hidden, 0, shared_inner, S * C)
     s = shared_scale + block // 128 * tl.cdiv(shared_inner, 128) + one
@@ -143,7 +143,7 @@ def _lone_down_kernel(
         y = rounded(tl.sum(sums, 2), BF16) * factor[None, :]
         total += tl.sum(tl.where(exists[None, :], y, 0.0), 1)
     tl.store(out + rows, total.to(out.dtype.element_ty), mask=rows < hidden)
-    pdl_end(PDL)
+    pdl_end(PDL, LATE=True)
 
 
 def up_sizes(tile: Tile, hidden: int) -> dict[str, int]:

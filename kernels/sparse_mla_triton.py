@@ -120,7 +120,7 @@ def _sparse_mla_kernel(
     region = (token * tl.num_programs(1) + split) * heads  # this token's and split's rows of out
     indices += token * indices_token
     real = h[:, None] < heads
-    pdl_begin(PDL)
+    pdl_begin(PDL, LATE=True)
     limit = tl.minimum(first + split_keys, topk)
     slot = tl.load(indices + first + n, mask=first + n < limit, other=-1).to(tl.int32)
     q = tl.load(q_latent + token * q_token + h[:, None] * q_head + c[None, :], mask=real, other=0.0)
@@ -168,7 +168,7 @@ def _sparse_mla_kernel(
     tl.store(lse + region + h, log, mask=h < heads)
     at = (region + h)[:, None] * C + c[None, :]
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=h[:, None] < heads)
-    pdl_end(PDL)
+    pdl_end(PDL, LATE=True)
 
 
 LOG2_E = 1.4426950408889634
