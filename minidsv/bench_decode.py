@@ -74,6 +74,11 @@ def advance(step: StepBatch, ids: Tensor) -> None:
 def start(rig: Rig, variant: str, layers: int, batch: int, context: int) -> Stepper:
     """At the first step, which is the same for every variant."""
     model, step = rig.build_model(variant, layers), rig.first_step(batch, context)
+    if model.pdl is not None:
+        from minidsv.kernels.launch import compiling_only  # imports triton
+
+        with compiling_only():
+            eager(model, step)
     if variant == "eager":
         return Stepper(lambda: eager(model, step), step)
     graphs = capture(rig, model, batch, context)
