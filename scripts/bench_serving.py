@@ -33,6 +33,8 @@ import typer
 from prometheus_client.parser import text_string_to_metric_families
 
 from minidsv import LLM, SamplingParams
+from minidsv.bench import provenance
+from minidsv.bench_rig import model_name
 from minidsv.cli import engine_options, run_app
 from minidsv.engine_config import EngineConfig
 from minidsv.graph import DecodeGraphs
@@ -43,7 +45,7 @@ from minidsv.server.process import serve
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 CLIENT = Path(__file__).with_name("bench_client.py")
 STUCK_SECONDS = 4  # less than the server waits for its engine's thread
-TIE = 0.25  # nats
+TIE = 0.5  # nats; random prompts leave a trained model unsure
 BEST = 20  # tokens among which a tie is looked for
 BEGAN = time.monotonic()
 
@@ -281,7 +283,10 @@ def report(llm: LLM, results: list[Result], page: str) -> None:
         if "graph" in sample.name or "decode_steps" in sample.name
     }
     print(f"{llm.engine.runner.describe()}\n{counts}")
-    print(json.dumps({"results": [asdict(r) for r in results], "metrics": counts}))
+    config = llm.engine.config
+    about = provenance(config.device) | {"command": " ".join(["python", *sys.orig_argv[1:]])}
+    result = {"kind": "serving", **about, "model": model_name(config), "metrics": counts}
+    print(json.dumps(result | {"results": [asdict(r) for r in results]}))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     python scripts/make_benchmarks.py            # write both
     python scripts/make_benchmarks.py --check    # exit status 1 if they are not what this writes
 
-A result is a line of JSON in a file NAME.json, of `minidsv bench` or scripts/bench_kernels.py;
+A result is a line of JSON in a file NAME.json, of `minidsv bench`, scripts/bench_kernels.py or
+scripts/bench_serving.py;
 NAME.png beside it is shown with it. Files come in the order of their names, m8 before m64.
 """
 
@@ -78,6 +79,23 @@ def wall_table(result: Result) -> str:
     return table(headings.split(", "), rows)
 
 
+def serving_table(result: Result) -> str:
+    """A row a number of streams, then what the server counted."""
+    rows = [
+        [row["concurrency"], number(row["replay_us"]), percent(row["idle_share"]),
+         number(row["generate_us"]), number(row["itl_us"]),
+         number(row["replay_us"] and row["itl_us"] / row["replay_us"], 3),
+         number(row["tokens_per_s"]), row["different"]]
+        for row in result["results"]
+    ]  # fmt: skip
+    headings = "streams, us a replay, device idle between, us a step of generate, us between tokens"
+    headings += ", over replay, tokens/s, answers that differ from generate's"
+    steps, replays = (
+        number(result["metrics"][f"{name}_steps_total"], 0) for name in ("decode", "cuda_graph")
+    )
+    return f"{table(headings.split(', '), rows)}\n\n{replays} of {steps} decode steps by a graph."
+
+
 def graph_table(result: Result) -> str:
     """A row a graph, then what stands out of the chains."""
     headings = "batch, contexts up to, nodes, kernels, external, edges, programmatic"
@@ -138,6 +156,7 @@ def peer_cells(peer: dict[str, Any] | None) -> list[str]:
 TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "table": ("decode steps", steps_table),
     "wall": ("the whole engine", wall_table),
+    "serving": ("the server", serving_table),
     "graph": ("the captured graph", graph_table),
     "profile": ("kernels of a decode step", profile_table),
     "kernels": ("operators alone", kernels_table),

@@ -91,6 +91,23 @@ def test_a_run_whose_variants_differ_is_no_figure(tree: Path) -> None:
     assert make_benchmarks.NOTHING in readme
 
 
+def test_serving(tree: Path) -> None:
+    row = {
+        "concurrency": 8, "replay_us": 1000.0, "idle_share": 0.0125, "generate_us": 1020.0,
+        "itl_us": 1034.0, "itl_p99_us": 1500.0, "tokens_per_s": 7700.0, "different": 1,
+        "widest_tie": 0.1,
+    }  # fmt: skip
+    metrics = {"decode_steps_total": 1200.0, "cuda_graph_steps_total": 1199.0}
+    data = {"kind": "serving", **ABOUT, "metrics": metrics}
+    without = row | {"replay_us": None, "idle_share": None}
+    add(tree, "a.json", data | {"results": [row, without]})
+    page, _ = generated(tree)
+    assert "## configs/big.json: the server" in page
+    assert "| 8 | 1,000.0 | 1.2 % | 1,020.0 | 1,034.0 | 1.034 | 7,700.0 | 1 |" in page
+    assert "| 8 | - | - | 1,020.0 | 1,034.0 | - | 7,700.0 | 1 |" in page
+    assert "1,199 of 1,200 decode steps by a graph." in page
+
+
 def test_a_graph(tree: Path) -> None:
     graph = {
         "batch": 1, "bound": 8192, "launches_of_a_layer": {"dense": 9, "MoE": 12}, "nodes": 70,
