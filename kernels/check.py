@@ -196,7 +196,8 @@ def prove(specs: Sequence[KernelSpec], one_row: bool = False, jobs: int = 1) -> 
         print(report(proof), flush=True)
     failed = [p for p in proofs if p.violations]
     sound = [p for p in proofs if not p.violations]
-    rows = {p.case.row_name for p in sound} - {p.case.row_name for p in failed}
+    names = [{(p.case.row_name, p.case.row.pointees) for p in some} for some in (sound, failed)]
+    rows = names[0] - names[1]
     print(
         f"triton {triton.__version__}: {len(specs)} kernels, {len(rows)} rows proved "
         f"({len(sound)} binaries), {len(failed)} binaries failed"

@@ -3,15 +3,16 @@
     BF16 weights    as they are
     FP8 weights     w[o, i] = w8[o, i] * scale[o // 128, i // 128]; x stays unquantised (W8A16)
 
-`linear` is one projection (o_proj; with fp32 output lm_head and the small gates), `fused_linear` up
-to four of the same x in one launch, `normed_linear` the same of a norm that is still to be applied,
-which for few tokens takes no launch of its own:
+`linear` is one projection (o_proj; with fp32 output lm_head, the small gates and the router of more
+than one token), `fused_linear` up to four of the same x in one launch, or two where programs share
+the sums, `normed_linear` the same of a norm that is still to be applied, which for one token takes
+no launch of its own:
 
     w rms_norm(h) = (w (h gain)) / sqrt(mean(h^2) + eps)        h = out + residual
 
 `fused_a_gemm` is its use at the head of an attention layer (the "fused A GEMM" of TensorRT-LLM and
 SGLang, with the indexer's projections). Called by every layer. Kernels: gemv_triton (one token),
-gemm_triton (the others).
+gemm_triton (the others), parts_triton (sums that programs shared).
 """
 
 from collections.abc import Sequence
@@ -90,7 +91,7 @@ def linear(
 def fused_linear(
     x: Tensor, segments: Sequence[Segment], pdl: PdlMode | None = None
 ) -> list[Tensor]:
-    """Up to 4 projections of x [T, in] in one launch -> one [T, out] each, in order."""
+    """Up to 4 projections of one x [T, in] -> one [T, out] each, in order."""
     _assert_segments(x, segments)
     mode = triton_mode(x, pdl)
     if mode is None:

@@ -59,7 +59,7 @@ def as_operand(w, x, PAIRS: tl.constexpr):
 
 
 @triton.jit
-def draw(w, row, n, k_size, BLOCK_N: tl.constexpr, BYTES: tl.constexpr, first=0):
+def draw(w, row, n, first, k_size, BLOCK_N: tl.constexpr, BYTES: tl.constexpr):
     """Prefetch to L2 BYTES (a power of two of 128-byte lines) of BLOCK_N rows, from column `first`
     on."""
     SIZE: tl.constexpr = w.dtype.element_ty.primitive_bitwidth // 8
@@ -127,7 +127,7 @@ def _narrow_kernel(
     first = part * span
     if PDL == "prefetch":
         rows = tl.where(main, row, 0), tl.where(main, n, 1)
-        draw(w, rows[0], rows[1], k_size, BLOCK_N, KS * 256, first)
+        draw(w, rows[0], rows[1], first, k_size, BLOCK_N, KS * 256)
     pdl_begin(PDL)
     if main:
         y = _narrow(w, s, x, row, n, m, k_size, x_stride, first, span, BLOCK_M, BLOCK_N, KS)
@@ -193,7 +193,7 @@ def _wide_kernel(
     first = part * span
     if PDL == "prefetch":
         rows = tl.where(main, row, 0), tl.where(main, n, 1)
-        draw(w, rows[0], rows[1], k_size, BLOCK_N, 256, first)
+        draw(w, rows[0], rows[1], first, k_size, BLOCK_N, 256)
     pdl_begin(PDL)
     token = tl.program_id(0) * BLOCK_M
     if main:

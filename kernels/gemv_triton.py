@@ -4,18 +4,26 @@ One program owns BLOCK_N rows of one projection. A thread holds the same eight c
 of a [BLOCK_N, BLOCK_K] tile, so x is read once a tile and no thread talks to another before the
 end; sums of eight products are scaled (FP8: the row block's scale of their 128 columns) and added
 up in fp32. The first tile is loaded before the wait.
+
+With NORM the weights multiply rms_norm(x + update) instead of x. As every program reads all of x,
+each sums its squares on the way, multiplies the gain to x and the rest of the norm to its outputs;
+between them they store x + update to `total`. Without, update, total and gain stand for x.
 """
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from minidsv.kernels.launch import KernelSpec, pdl_begin, pdl_end
+from minidsv.kernels.norm import PreNorm
 from minidsv.kernels.segments_triton import (
     WEIGHTS,
     has_type,
     launch_rows,
     locate,
-    operand,
     select,
     store,
 )
@@ -33,6 +41,26 @@ def _weights(w, row, n, k_size, k0, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
 
 
 @triton.jit
+def _operand(x, norm, k, end, turn, NORM: tl.constexpr):
+    """x at the columns k < end; with NORM the fp32 of x + update times the gain. Beside it the
+    squares of the sum.
+
+    `norm` is (update, total, gain, 1 to add or 0). The program whose `turn` it is stores the sum.
+    """
+    values = tl.load(x + k, mask=k < end, other=0.0)
+    squares = 0.0
+    if NORM:
+        update, total, gain, added = norm
+        wide = values.to(tl.float32)
+        wide += tl.load(update + k, mask=k < end * added, other=0.0).to(tl.float32)
+        mine = (turn % tl.num_programs(0) == tl.program_id(0)).to(tl.int32)
+        tl.store(total + k, wide.to(total.dtype.element_ty), mask=k < end * added * mine)
+        squares = wide * wide
+        values = wide * tl.load(gain + k, mask=k < end, other=0.0)
+    return values, squares
+
+
+@triton.jit
 def _products(
     weights, scale, x, norm, k_size, k0,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NORM: tl.constexpr,
@@ -40,7 +68,7 @@ def _products(
     """[BLOCK_N, BLOCK_K / 8] sums of eight products; `scale` is the row block's. With NORM also
     [BLOCK_K / 8] sums of eight squares, else 0."""
     k = k0 + tl.arange(0, BLOCK_K)
-    values, squares = operand(x, norm, k, True, k, k_size, k0 // BLOCK_K, NORM)
+    values, squares = _operand(x, norm, k, k_size, k0 // BLOCK_K, NORM)
     products = weights.to(tl.float32) * values.to(tl.float32)[None, :]
     sums = tl.sum(tl.reshape(products, [BLOCK_N, BLOCK_K // 8, 8]), 2)
     if weights.dtype == tl.float8e4nv:
@@ -113,6 +141,18 @@ def sizes(tile: Tile) -> dict[str, int]:
         "BLOCK_K": tile.block_k,
         "OTHER_N": max(1, tile.block_n // 2),
     }
+
+
+def norm_arguments(x: Tensor, norm: PreNorm | None) -> tuple[dict[str, Any], Tensor]:
+    """(the arguments of the norm of x, which is norm.residual; x or the sum, which is new)."""
+    if norm is None:
+        return {"update": x, "total": x, "gain": x, "added": 0, "eps": 0.0, "NORM": False}, x
+    added = norm.out is not None
+    update = x if norm.out is None else norm.out
+    assert update.stride() == x.stride(), f"x strides {x.stride()}, update {update.stride()}"
+    total = torch.empty(x.shape, dtype=x.dtype, device=x.device) if added else x
+    args = {"update": update, "total": total, "gain": norm.gain, "added": int(added)}
+    return args | {"eps": norm.eps, "NORM": True}, total
 
 
 def _spec(size: int) -> KernelSpec:

@@ -15,13 +15,13 @@ from triton import cdiv
 
 from minidsv.kernels.gemm import Segment
 from minidsv.kernels.gemm_triton import NARROW, WIDE, narrow_sizes, wide_sizes
-from minidsv.kernels.gemv_triton import GEMV
+from minidsv.kernels.gemv_triton import GEMV, norm_arguments
 from minidsv.kernels.gemv_triton import sizes as gemv_sizes
 from minidsv.kernels.launch_config import launch_config
 from minidsv.kernels.norm import PreNorm, pre_norm
 from minidsv.kernels.parts_triton import sum_parts
 from minidsv.kernels.pdl import PdlMode
-from minidsv.kernels.segments_triton import norm_arguments, slots, tiles
+from minidsv.kernels.segments_triton import slots, tiles
 from minidsv.kernels.tile import Tile
 from minidsv.kernels.tiles_gemm import takes_norm
 
@@ -29,7 +29,8 @@ from minidsv.kernels.tiles_gemm import takes_norm
 def project(
     x: Tensor, segments: Sequence[Segment], mode: PdlMode, norm: PreNorm | None = None
 ) -> tuple[list[Tensor], Tensor]:
-    """x [T, in] through each of `segments` -> ([T, out] each, x), in one launch.
+    """x [T, in] through each of `segments` -> ([T, out] each, x): one launch, and one
+    more where programs share the sums.
 
     With `norm`, whose residual x is: what the norm makes of x, and the sum instead of x; in two
     launches where the tile does not take it. BF16 weights beside FP8 ones take another, unless a
@@ -42,7 +43,7 @@ def project(
         return project(x, segments, mode)[0], total
     dense = [s.scale is None and s.out_dtype in (None, x.dtype) for s in segments]
     if not any(dense) or all(s.scale is None for s in segments):
-        return project_in(tile, x, segments, mode, norm)
+        return _project_in(tile, x, segments, mode, norm)
     parts, total = {}, x
     for kind in (False, True):
         mine = [s for s, is_dense in zip(segments, dense, strict=True) if is_dense == kind]
@@ -56,10 +57,11 @@ def _size(segments: Sequence[Segment]) -> int:
     return 1 if any(s.scale is not None for s in segments) else 2
 
 
-def project_in(
+def _project_in(
     tile: Tile, x: Tensor, segments: Sequence[Segment], mode: PdlMode, norm: PreNorm | None = None
 ) -> tuple[list[Tensor], Tensor]:
-    """The same in a given tile, which must take the norm."""
+    """The same in a given tile."""
+    assert norm is None or takes_norm(tile), f"{tile} takes no norm"
     assert x.stride(1) == 1, f"x strides {x.stride()}: want contiguous rows"
     for s in segments:
         assert s.weight.is_contiguous(), f"weight strides {s.weight.stride()}: want contiguous"

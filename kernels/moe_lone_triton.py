@@ -65,8 +65,7 @@ def _products(tile, values, scale, k0, size):
 def _lone_gate_up_kernel(
     x, h, shared_h, ids, weight, scale, shared_weight, shared_scale,
     hidden, inner, shared_inner, shared_programs,
-    BF16: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, STAGES: tl.constexpr,
-    PDL: tl.constexpr,
+    BF16: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     is_shared = program < shared_programs
@@ -90,7 +89,7 @@ def _lone_gate_up_kernel(
     t = s + tl.cdiv(width, 128) * tl.cdiv(hidden, 128)
     gate = tl.zeros([ROWS, 1, C // 8], tl.float32)
     up = tl.zeros([ROWS, 1, C // 8], tl.float32)
-    for k0 in tl.range(0, hidden, C, num_stages=STAGES):
+    for k0 in range(0, hidden, C):
         a = _weights(w, rows, one + width, k0, hidden, C)
         b = _weights(v, rows, one + width, k0, hidden, C)
         values = _vectors(x + one, k0, hidden, C)
@@ -109,7 +108,7 @@ def _lone_down_kernel(
     h, shared_h, weights, ids, out, weight, scale, shared_weight, shared_scale,
     slots, hidden, inner, shared_inner,
     BF16: tl.constexpr, ROWS: tl.constexpr, S: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr,
-    STAGES: tl.constexpr, PDL: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0) * ROWS
     rows, one, several = block + tl.arange(0, ROWS), tl.arange(0, 1), tl.arange(0, S)
@@ -125,7 +124,7 @@ def _lone_down_kernel(
         values = _vectors(shared_h + one, k0, shared_inner, S * C)
         acc += _products(tile, values, s, k0, shared_inner)
     total = tl.sum(rounded(tl.sum(acc, 2), BF16), 1)
-    for first in tl.range(0, slots, S, num_stages=STAGES):
+    for first in range(0, slots, S):
         exists = first + several < slots
         slot = tl.where(exists, first + several, first)
         expert = tl.load(ids + slot)
@@ -149,17 +148,15 @@ def _lone_down_kernel(
 def up_sizes(tile: Tile, hidden: int) -> dict[str, int]:
     """The constants of gate_up, whose programs have block_n rows of gate and as many of up."""
     columns = min(tile.block_k, next_power_of_2(hidden))
-    return {"ROWS": tile.block_n, "C": columns, "STAGES": tile.num_stages}
+    return {"ROWS": tile.block_n, "C": columns}
 
 
 def down_sizes(tile: Tile, inner: int, slots: int) -> dict[str, int]:
     """The constants of down: several slots of a short sum share a tile."""
     columns = min(tile.block_k, next_power_of_2(inner))
     together = min(tile.block_k // columns, next_power_of_2(max(1, slots)))
-    return {
-        "ROWS": tile.block_n, "S": together, "C": columns, "WHOLE": int(inner <= columns),
-        "STAGES": tile.num_stages,
-    }  # fmt: skip
+    whole = int(inner <= columns)
+    return {"ROWS": tile.block_n, "S": together, "C": columns, "WHOLE": whole}
 
 
 def _row(tile: Tile, fp8: bool, **more: str | int | float) -> Row:

@@ -3,10 +3,6 @@
 A launch takes four slots (w0..w3, scales s0.., outputs o0.., rows n0..); unused ones repeat slot 0
 with no rows. Weights may be of two types, slot 0's and slot 3's, outputs likewise: a pointer is
 selected among the slots of one type.
-
-With NORM the weights multiply rms_norm(x + update) instead of x. As every program reads all of x,
-each sums its squares on the way, multiplies the gain to x and the rest of the norm to its outputs;
-between them they store x + update to `total`. Without, update, total and gain stand for x.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,12 +16,11 @@ from torch import Tensor
 
 from minidsv.kernels.gemm import MAX_SEGMENTS, Segment
 from minidsv.kernels.launch import Row
-from minidsv.kernels.norm import PreNorm
 from minidsv.kernels.tile import Tile
 from minidsv.kernels.tiles_gemm import LINEAR, Tiles
 
 Arguments = dict[str, str | int | float]  # as `launch.Row` holds them
-WEIGHTS = frozenset(f"{letter}{slot}" for letter in "ws" for slot in range(MAX_SEGMENTS))
+WEIGHTS = frozenset(f"w{slot}" for slot in range(MAX_SEGMENTS))
 
 
 @triton.jit
@@ -85,27 +80,6 @@ def store(slot, o0, o1, o2, o3, at, y, mask):
         tl.store(other + at, y.to(other.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def operand(x, norm, at, rows, k, end, turn, NORM: tl.constexpr):
-    """x at `at`, in the masked rows, as far as k < end; with NORM the fp32 of x + update times the
-    gain. Beside it the squares of the sum.
-
-    `norm` is (update, total, gain, 1 to add or 0). The program whose `turn` it is stores the sum.
-    """
-    values = tl.load(x + at, mask=rows & (k < end), other=0.0)
-    squares = 0.0
-    if NORM:
-        update, total, gain, added = norm
-        wide = values.to(tl.float32)
-        wide += tl.load(update + at, mask=rows & (k < end * added), other=0.0).to(tl.float32)
-        mine = (turn % tl.num_programs(0) == tl.program_id(0)).to(tl.int32)
-        stored = rows & (k < end * added * mine)
-        tl.store(total + at, wide.to(total.dtype.element_ty), mask=stored)
-        squares = wide * wide
-        values = wide * tl.load(gain + at, mask=k < end, other=0.0)
-    return values, squares
-
-
 def slot_order(kinds: Sequence[tuple[torch.dtype, ...]]) -> list[int]:
     """Which of up to four things of these types each slot holds; another type than the first's
     comes last, -1 is none."""
@@ -127,18 +101,6 @@ def slots(segments: Sequence[Segment], outputs: Sequence[Tensor]) -> dict[str, A
         types = [args[f"{letter}{slot}"].dtype for slot in range(MAX_SEGMENTS)]
         assert {*types} == {types[0], types[-1]}, f"{letter} {types}: at most two types"
     return args
-
-
-def norm_arguments(x: Tensor, norm: PreNorm | None) -> tuple[dict[str, Any], Tensor]:
-    """(the arguments of the norm of x, which is norm.residual; x or the sum, which is new)."""
-    if norm is None:
-        return {"update": x, "total": x, "gain": x, "added": 0, "eps": 0.0, "NORM": False}, x
-    added = norm.out is not None
-    update = x if norm.out is None else norm.out
-    assert update.stride() == x.stride(), f"x strides {x.stride()}, update {update.stride()}"
-    total = torch.empty(x.shape, dtype=x.dtype, device=x.device) if added else x
-    args = {"update": update, "total": total, "gain": norm.gain, "added": int(added)}
-    return args | {"eps": norm.eps, "NORM": True}, total
 
 
 def tiles(args: dict[str, Any], block: int, other: int) -> int:

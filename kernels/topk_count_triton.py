@@ -1,8 +1,9 @@
 """Counters in shared memory: how many numbers lie in each of up to 2048 bins, and where the k-th.
 
 In PTX, for Triton has no scatter into shared memory, and tl.histogram (3.6) takes 33 instructions a
-number for 32 bins; in the interpreter with tl.histogram. `counters` are an address in the one and
-the counts in the other: a block clears them, adds any number of times, and finds.
+number for 32 bins; in the interpreter with tl.histogram. `counters` are an address in the one, of
+static shared memory, which Triton's metadata does not count, and the counts in the other: a block
+clears them, adds any number of times, and finds.
 """
 
 import triton
@@ -26,7 +27,7 @@ def _by_four(count, line):
 
 @triton.constexpr_function
 def _clearing(own, threads):
-    """-> address: `own` counters a thread, a sum for each of up to 32 warps, a result."""
+    """-> address: `own` counters a thread (a multiple of 4), room for 32 warps' sums, a result."""
     return f"""{{ .shared .align 16 .b32 counters[{own * threads + 33}];
     .reg .b32 mine, zero;
     mov.u32 $0, counters; mov.u32 mine, %tid.x; mov.u32 zero, 0;
@@ -98,6 +99,7 @@ def clear(BLOCK: tl.constexpr):
     BINS: tl.constexpr = 1 << bits_a_pass(BLOCK)
     if PTX:
         THREADS: tl.constexpr = tl.extra.cuda.num_threads()
+        tl.static_assert(BINS // THREADS % 4 == 0, "a thread's counters come in fours")
         counters = tl.inline_asm_elementwise(
             _clearing(BINS // THREADS, THREADS), "=r", [], dtype=tl.int32, is_pure=False, pack=1
         )

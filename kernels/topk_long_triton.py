@@ -39,7 +39,8 @@ RUN = tl.constexpr(8)  # neighbours in the sample: 32 bytes
 
 @triton.jit
 def _good(x, scores, n, aim, SAMPLE: tl.constexpr):
-    """Which of x are as good as about `aim` of a row's n > SAMPLE scores, by a sample of them."""
+    """Which of x are as good as about `aim` of a row's n scores, by a sample of them (with repeats
+    where n < SAMPLE)."""
     i = tl.arange(0, SAMPLE)
     start = (i // RUN).to(tl.int64) * n // (SAMPLE // RUN)
     where = start.to(tl.int32) // RUN * RUN + i % RUN

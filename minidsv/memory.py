@@ -17,7 +17,7 @@ from minidsv.workspace import forward_bytes, workspace_bytes
 
 MARGIN = 0.03  # of a device: kernels loaded later, what its allocator cannot join
 HOST_SHARE = 0.25  # of a host's available memory, which is not ours alone: the most for the pages
-LAUNCHES = 21  # kernels of a layer, at most (docs/DESIGN.md)
+LAUNCHES = 27  # kernels of a layer, at most (docs/DESIGN.md)
 NODE_BYTES = 32 << 10  # of an instantiated graph, a kernel; an assumption on the safe side
 
 

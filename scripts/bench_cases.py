@@ -75,7 +75,7 @@ def attention(d: Dims, m: int) -> Iterator[Case]:
     """Absorbed products and sparse attention over three caches."""
     h, c, r = d.heads, d.latent, d.rope
 
-    def absorbed(op: Callable[..., Tensor], k: int, n: int) -> Callable[[int], Run]:
+    def absorbed(op: Callable[..., Tensor], k: int) -> Callable[[int], Run]:
         def build(seed: int) -> Run:
             kv_b = normal(seed, h, d.nope + d.v, c) * 0.05
             x, w = normal(seed, m, h, k), kv_b[:, : d.nope] if k == d.nope else kv_b[:, d.nope :]
@@ -84,9 +84,9 @@ def attention(d: Dims, m: int) -> Iterator[Case]:
         return build
 
     yield Case("absorb_q", f"M={m} H={h}", absorb_cost(m, h, d.nope, c),
-               absorbed(absorb_q, d.nope, c))  # fmt: skip
+               absorbed(absorb_q, d.nope))  # fmt: skip
     yield Case("absorb_v", f"M={m} H={h}", absorb_cost(m, h, c, d.v),
-               absorbed(absorb_v, c, d.v))  # fmt: skip
+               absorbed(absorb_v, c))  # fmt: skip
 
     def sparse(layout: str) -> Callable[[int], Run]:
         def build(seed: int) -> Run:

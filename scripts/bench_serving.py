@@ -112,13 +112,13 @@ def prompts_for(count: int, length: int, vocab_size: int) -> list[list[int]]:
 def gap(got: list[int], want: CompletionOutput) -> float:
     """Nats between the first token of `got` that differs and the one in its place; 0: none does.
 
-    `want` has log-probabilities; inf if the token is not among them, or the lengths differ.
+    `want` has log-probabilities; inf if the token is not among them.
     """
     assert want.logprobs is not None
     for token, better, best in zip(got, want.token_ids, want.logprobs, strict=False):
         if token != better:
             return best[better].logprob - best[token].logprob if token in best else math.inf
-    return 0.0 if len(got) == len(want.token_ids) else math.inf
+    return 0.0
 
 
 @dataclass
@@ -210,6 +210,9 @@ def compared(
     """Streams beside `generate`'s (replay, idle share, step). Raises SystemExit if they part."""
     ties = [gap(answer.output_ids, one) for answer, one in zip(answers, wanted, strict=True)]
     different = sum(a.output_ids != w.token_ids for a, w in zip(answers, wanted, strict=True))
+    short = sum(len(a.output_ids) != len(w.token_ids) for a, w in zip(answers, wanted, strict=True))
+    if short:
+        raise SystemExit(f"{short} of {len(ties)} streamed answers are not as long as generate's")
     if max(ties) > tie:
         raise SystemExit(
             f"{different} of {len(ties)} streamed answers differ from generate's, by up to "

@@ -4,8 +4,8 @@
     python scripts/make_benchmarks.py --check    # exit status 1 if they are not what this writes
 
 A result is a line of JSON in a file NAME.json, of `minidsv bench`, scripts/bench_kernels.py or
-scripts/bench_serving.py;
-NAME.png beside it is shown with it. Files come in the order of their names, m8 before m64.
+scripts/bench_serving.py; NAME.png beside it is shown with it. Files come in the order of their
+names.
 """
 
 import argparse
@@ -21,12 +21,13 @@ BEGIN, END = "<!-- begin: make_benchmarks.py -->", "<!-- end: make_benchmarks.py
 INTRO = """\
 # Benchmarks
 
-Made by `scripts/make_benchmarks.py` from the runs in `docs/results/`; do not edit. `minidsv bench`
-and `scripts/bench_kernels.py` say how they measure in the files' docstrings
-(`minidsv/bench_table.py`, `minidsv/bench_rig.py`). Times are medians; *floor* is compulsory bytes
-over the bandwidth that was measured in the same run, MBU its share of the step's time, and a
-layer's numbers are the difference between models of two layer counts over the layers between.
-*Saved a launch* is what a variant takes less than `graph`, over the launches of a step, in us.
+Made by `scripts/make_benchmarks.py` from the runs in `docs/results/`; do not edit. `minidsv bench`,
+`scripts/bench_kernels.py` and `scripts/bench_serving.py` say how they measure in the files'
+docstrings (`minidsv/bench_table.py`, `minidsv/bench_rig.py`). Times are medians; *floor* is
+compulsory bytes over the bandwidth that was measured in the same run, MBU its share of the step's
+time, and a layer's numbers are the difference between models of two layer counts over the layers
+between (noise for `eager`, whose pace the host sets). *Saved a launch* is what a variant takes less
+than `graph`, over the launches of a step, in us.
 *x peer* is our time over that of another library's kernel, the two replayed in turn on the same
 inputs (`scripts/bench_peers.py`); `-` where none does the same, or ran.
 """
