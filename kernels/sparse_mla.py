@@ -19,7 +19,7 @@ from minidsv.kernels.absorb import absorb_v, assert_heads
 from minidsv.kernels.pdl import PdlMode, triton_mode
 from minidsv.kernels.set_mla_kv_buffer import fp8_row_bytes, read_mla_kv_buffer
 
-_CHUNK_ELEMENTS = 1 << 22  # gathered cache elements at a time: 16 MiB of fp32
+CHUNK_ELEMENTS = 1 << 22  # gathered cache elements at a time: 16 MiB of fp32
 
 
 def sparse_mla_ref(
@@ -38,7 +38,7 @@ def sparse_mla_ref(
     if q_latent.dtype == torch.float8_e4m3fn:
         query *= q_scale
     out = torch.empty_like(q_latent, dtype=out_dtype or output_dtype(q_latent))
-    step = max(1, _CHUNK_ELEMENTS // max(1, topk_indices.shape[1] * query.shape[-1]))
+    step = max(1, CHUNK_ELEMENTS // max(1, topk_indices.shape[1] * query.shape[-1]))
     for start in range(0, query.shape[0], step):
         chunk = slice(start, start + step)
         indices = topk_indices[chunk]

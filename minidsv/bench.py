@@ -55,6 +55,11 @@ def provenance(device: str) -> dict[str, str | None]:
     }
 
 
+def shown(value: float | None, spec: str) -> str:
+    """A number as a table has it; None is a dash."""
+    return "-" if value is None else format(value, spec)
+
+
 def _first_line(*command: str) -> str | None:
     """Of what a command prints; None where it cannot run."""
     try:

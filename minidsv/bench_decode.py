@@ -17,7 +17,6 @@ from minidsv.bench_rig import WARMUP, Rig, place_rows
 from minidsv.bench_timing import times_us
 from minidsv.block_manager import pages_for
 from minidsv.graph import DecodeGraphs
-from minidsv.kernels.argmax import argmax
 from minidsv.model import DeepseekV32
 from minidsv.moe import MoE
 
@@ -78,9 +77,9 @@ def start(rig: Rig, variant: str, layers: int, batch: int, context: int) -> Step
         from minidsv.kernels.launch import compiling_only  # imports triton
 
         with compiling_only():
-            eager(model, step)
+            model.greedy(step)
     if variant == "eager":
-        return Stepper(lambda: eager(model, step), step)
+        return Stepper(lambda: model.greedy(step), step)
     graphs = capture(rig, model, batch, context)
     outputs = graphs.replay(step)  # which is where every replay leaves its own
     graphs.buffers.fill(step, batch)
@@ -104,12 +103,6 @@ def capture(
     graphs.buckets = (batch,)
     graphs.capture()
     return graphs
-
-
-def eager(model: DeepseekV32, step: StepBatch) -> tuple[Tensor, Tensor]:
-    """The step's argmax ids and logits, operator by operator."""
-    _, logits = model.forward(step)
-    return argmax(logits, model.pdl), logits
 
 
 def first_difference(want: Decoded, got: Decoded) -> str | None:
@@ -152,7 +145,7 @@ def distinct_experts(
         if isinstance(layer.mlp, MoE):
             layer.mlp = CountedMoE(layer.mlp, batch, distinct)
     for _ in range(steps):
-        advance(step, eager(model, step)[0][:batch])
+        advance(step, model.greedy(step)[0][:batch])
     return sum(distinct) / len(distinct) if distinct else None
 
 
@@ -164,5 +157,5 @@ def count_launches(model: DeepseekV32, step: StepBatch) -> int:
 
     launches: list[object] = []
     with observed_launches(lambda launch, _: launches.append(launch)):
-        eager(model, step)
+        model.greedy(step)
     return len(launches)

@@ -13,9 +13,9 @@ import torch
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from minidsv.bench import Result
+from minidsv.bench import Result, shown
 from minidsv.bench_bytes import LaunchBytes
-from minidsv.bench_decode import distinct_experts, eager, start
+from minidsv.bench_decode import distinct_experts, start
 from minidsv.bench_nodes import short_name
 from minidsv.bench_options import BenchOptions
 from minidsv.bench_rig import WARMUP, Rig
@@ -56,10 +56,10 @@ def aggregate(
 
 
 def line(row: KernelRow) -> str:
-    megabytes = "-" if row.nbytes is None else f"{row.nbytes / 1e6:,.2f}"
-    of_peak = "-" if row.of_peak is None else f"{row.of_peak:.1%}"
+    megabytes = None if row.nbytes is None else row.nbytes / 1e6
     return (
-        f"{row.calls:7.1f} {row.us:10,.1f} {megabytes:>10} {of_peak:>9} {row.share:7.1%}  "
+        f"{row.calls:7.1f} {row.us:10,.1f} {shown(megabytes, ',.2f'):>10} "
+        f"{shown(row.of_peak, '.1%'):>9} {row.share:7.1%}  "
         f"{row.kernel}"
     )
 
@@ -103,7 +103,7 @@ def profile_step(
         from minidsv.kernels.launch import observed_launches
 
         with observed_launches(observer):
-            eager(model, rig.first_step(batch, context))
+            model.greedy(rig.first_step(batch, context))
     run_step = start(rig, variant, layers, batch, context).run
     events = profiled(run_step, rig.steps - WARMUP, rig.device)
     return aggregate(events, rig.steps - WARMUP, observer.by_kernel, bandwidth)

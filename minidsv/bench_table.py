@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
-from minidsv.bench import Result
+from minidsv.bench import Result, shown
 from minidsv.bench_decode import (
     Decoded,
     count_launches,
@@ -165,7 +165,7 @@ def cells(row: Row) -> list[str]:
     """A row's numbers as they are printed, under HEADINGS."""
 
     def number(value: float | None, digits: int = 1) -> str:
-        return "-" if value is None else f"{value:,.{digits}f}"
+        return shown(value, f",.{digits}f")
 
     return [
         str(row.batch), str(row.context), row.variant, number(row.tokens_per_s), number(row.us),

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from minidsv.bench import Result
+from minidsv.bench import Result, shown
 from minidsv.bench_options import BenchOptions
 from minidsv.bench_rig import WARMUP, model_name
 from minidsv.bench_timing import times_us
@@ -155,9 +155,8 @@ HEADING = (
 
 def line(row: WallRow) -> str:
     """A row's numbers as they are printed, under HEADING."""
-    graph = "-" if row.graph_us is None else f"{row.graph_us:,.1f}"
-    beside = "-" if row.beside_graph is None else f"{row.beside_graph:.1%}"
     return (
         f"{row.batch:5} {row.context:8} {row.prefill_ms:11,.1f} {row.us:11,.1f} "
-        f"{row.tokens_per_s:11,.1f} {graph:>11} {beside:>9}"
+        f"{row.tokens_per_s:11,.1f} {shown(row.graph_us, ',.1f'):>11} "
+        f"{shown(row.beside_graph, '.1%'):>9}"
     )

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from minidsv.batch import StepBatch, StepBuffers
-from minidsv.kernels.argmax import argmax
 from minidsv.kernels.tiles_indexer import CHUNK as ONE_CHUNK
 from minidsv.model import DeepseekV32
 
@@ -98,5 +97,4 @@ class DecodeGraphs:
         return key
 
     def _compute(self, key: GraphKey) -> tuple[Tensor, Tensor]:
-        _, logits = self.model.forward(self.buffers.batch(key.requests, key.max_seq_len))
-        return argmax(logits, self.model.pdl), logits
+        return self.model.greedy(self.buffers.batch(key.requests, key.max_seq_len))

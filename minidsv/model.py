@@ -8,6 +8,7 @@ from torch import Tensor
 from minidsv.batch import StepBatch
 from minidsv.checkpoint import Weight
 from minidsv.config import ModelConfig
+from minidsv.kernels.argmax import argmax
 from minidsv.kernels.embedding import embedding
 from minidsv.kernels.gemm import linear
 from minidsv.kernels.norm import PreNorm, pre_norm
@@ -75,6 +76,11 @@ class DeepseekV32:
         """
         with torch.cuda.device_of(self.embed_tokens):  # Triton launches on the current one
             return self._forward(step)
+
+    def greedy(self, step: StepBatch) -> tuple[Tensor, Tensor]:
+        """(argmax ids int64 [L], logits fp32 [L, vocab]) of a step."""
+        _, logits = self.forward(step)
+        return argmax(logits, self.pdl), logits
 
     def _forward(self, step: StepBatch) -> tuple[Tensor, Tensor]:
         eps, pdl = self.config.rms_norm_eps, self.pdl

@@ -18,7 +18,6 @@ from minidsv.config import ModelConfig
 from minidsv.engine_config import EngineConfig
 from minidsv.errors import ConfigError
 from minidsv.graph import DecodeGraphs, batch_sizes, context_bounds
-from minidsv.kernels.argmax import argmax
 from minidsv.kernels.constants import PAGE_SIZE
 from minidsv.kernels.rope_quant import RopeQuantBackend
 from minidsv.kv_cache import KVCache
@@ -151,8 +150,7 @@ class ModelRunner:
             for step in warm_up_steps(
                 bounds, c.max_num_seqs, c.max_num_batched_tokens, self.num_pages, self.device
             ):
-                _, logits = model.forward(step)
-                argmax(logits, self.pdl)
+                model.greedy(step)
 
         with compiling_only():
             run()
@@ -189,8 +187,7 @@ class ModelRunner:
                 self.counts.graph_rows += key.requests
                 self.counts.padding_rows += key.requests - len(chunks)
                 return self.graphs.replay(step)
-        _, logits = self.model.forward(step)
-        return argmax(logits, self.pdl), logits
+        return self.model.greedy(step)
 
     def prepare(self, chunks: Sequence[Chunk], logits_index: list[int]) -> StepBatch:
         """Build the step's metadata on the host, then copy it."""

@@ -7,13 +7,13 @@ reach max_model_len. `tests/test_memory.py` holds the formulas to what the opera
 from minidsv.config import ModelConfig
 from minidsv.engine_config import EngineConfig
 from minidsv.kernels.indexer_logits import CHUNK_SCORES
+from minidsv.kernels.sparse_mla import CHUNK_ELEMENTS
 from minidsv.kernels.tiles_indexer import CHUNK
 from minidsv.scheduler import MAX_LOGIT_ROWS
 from minidsv.tensor_table import tensor_table
 
 SAFETY = 1.1  # the allocator's rounding, and what libraries take inside an operator
 SMALL = 32 << 20  # step metadata, angles, split sums, the expert plan
-REF_CHUNK = 16 << 20  # bytes of rows that the reference attention gathers (kernels/sparse_mla.py)
 SAMPLER_BYTES = 64  # a logit of a sampled row: edits, penalties, sorts, noise (minidsv/sampler.py)
 
 
@@ -92,7 +92,7 @@ def _reference_stages(
     return {
         "selection": live + 16 * t * row + 2 * s.slots + keys + dots if s.scores else 0,
         "projections": live + 2 * s.latent + weight + 12 * t * widest,
-        "attention": live + 2 * query + 2 * s.latent + s.q_pe + s.values + 4 * REF_CHUNK,
+        "attention": live + 2 * query + 2 * s.latent + s.q_pe + s.values + 16 * CHUNK_ELEMENTS,
         "experts": 8 * s.hidden + s.slots + weight + t * (20 * inner + 24 * c.hidden_size),
         "logits": 6 * s.hidden + s.slots + s.logits + head + 4 * rows * c.hidden_size,
     }

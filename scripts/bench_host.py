@@ -48,8 +48,9 @@ class FakeModel:
     def __init__(self, vocab_size: int):
         self.logits = torch.randn(ROWS, vocab_size, generator=torch.Generator().manual_seed(0))
 
-    def forward(self, step: StepBatch) -> tuple[None, Tensor]:
-        return None, self.logits[step.positions[step.logits_index] % ROWS]
+    def greedy(self, step: StepBatch) -> tuple[Tensor, Tensor]:
+        logits = self.logits[step.positions[step.logits_index] % ROWS]
+        return logits.argmax(-1), logits
 
 
 def take_time(runner: ModelRunner, seconds: float) -> None:

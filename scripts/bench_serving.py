@@ -244,7 +244,7 @@ def bench_serving(
     ] = 300,
 ) -> None:
     faulthandler.register(signal.SIGTERM, chain=True)  # a run that is cut off says where it stood
-    say("building the engine; with a cold cache Triton compiles for minutes")
+    say("building the engine; with a cold cache Triton compiles first")
     llm = LLM(**engine)
     say(f"engine ready: {llm.engine.runner.describe()}")
     runner, model = llm.engine.runner, llm.engine.model_config

@@ -18,7 +18,6 @@ from minidsv.bench_decode import (
     Stepper,
     decode,
     distinct_experts,
-    eager,
     first_difference,
 )  # fmt: skip
 from minidsv.bench_rig import Rig
@@ -42,7 +41,7 @@ def test_decoding_is_generation(rig: Rig) -> None:
         write_prompt(rig, step, row, tokens[:-1])
     step.input_ids.copy_(torch.tensor([tokens[-1] for tokens in ids]))
     model = rig.build_model("eager", rig.model.num_hidden_layers)
-    got = decode(Stepper(lambda: eager(model, step), step), 3, STEPS)
+    got = decode(Stepper(lambda: model.greedy(step), step), 3, STEPS)
     assert len(got.us) == REPLAYS
     assert all(us > 0 for us in got.us)
     llm = LLM(folder, device="cpu", num_pages=9)
@@ -80,11 +79,11 @@ def test_distinct_experts_are_counted(rig: Rig, monkeypatch: pytest.MonkeyPatch)
     layers = rig.model.num_hidden_layers
     plain, counted = (rig.build_model("eager", layers) for _ in range(2))
     monkeypatch.setattr("minidsv.moe.grouped_topk", record)
-    want, _ = eager(plain, rig.first_step(3, 60))
+    want, _ = plain.greedy(rig.first_step(3, 60))
     mean = sum(len(ids[:2].unique()) for ids in chosen) / len(chosen)
     assert distinct_experts(counted, rig.first_step(3, 60), 2, steps=1) == mean
     assert sum(isinstance(layer.mlp, CountedMoE) for layer in counted.layers) == len(chosen) // 2
-    assert torch.equal(eager(counted, rig.first_step(3, 60))[0], want)
+    assert torch.equal(counted.greedy(rig.first_step(3, 60))[0], want)
 
 
 def test_without_experts(rig: Rig) -> None:

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from minidsv import bench_graph
-from minidsv.bench_decode import eager
 from minidsv.bench_graph import layer_kinds, report_graph, stacked
 from minidsv.bench_nodes import Edge, Node
 from minidsv.bench_options import BenchOptions
@@ -35,7 +34,7 @@ def test_a_layer_comes_twice(rig: Rig) -> None:
         assert one.attention.o_proj.weight is two.attention.o_proj.weight
         assert first.attention.kv_buffer is rig.cache.latent[0]
         assert one.attention.kv_buffer is rig.cache.latent[layer]
-        eager(model, rig.first_step(3, 60))
+        model.greedy(rig.first_step(3, 60))
 
 
 def test_kinds_of_layers(rig: Rig) -> None:

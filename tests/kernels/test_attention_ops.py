@@ -69,7 +69,7 @@ def cache(dtype: str, slots: int) -> Tensor:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "fp8", "fp8_flat"])
 @pytest.mark.parametrize("chunk", [1, 1 << 22])
 def test_sparse_mla(dtype: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sparse_mla_module, "_CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(sparse_mla_module, "CHUNK_ELEMENTS", chunk)
     buffer = cache(dtype, 640)
     written = torch.randperm(640, generator=generator(3))[:200]
     written = written[written != 0]  # slot 0 stays poison: padding must not read it
