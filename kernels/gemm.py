@@ -1,7 +1,8 @@
 """Linear layers: y[t, o] = sum_i x[t, i] w[o, i], summed in fp32 and rounded once to the output.
 
     BF16 weights    as they are
-    FP8 weights     w[o, i] = w8[o, i] * scale[o // 128, i // 128]; x stays unquantised (W8A16)
+    FP8 weights     w[o, i] = w8[o, i] * scale[o // 128, i // 128]; x is not quantised (W8A16), or
+                    in groups of 128 a token where `activations` says so (W8A8)
 
 `linear` is one projection (o_proj; with fp32 output lm_head, the small gates and the router of more
 than one token), `fused_linear` up to four of the same x in one launch, or two where programs share
@@ -12,7 +13,7 @@ no launch of its own:
 
 `fused_a_gemm` is its use at the head of an attention layer (the "fused A GEMM" of TensorRT-LLM and
 SGLang, with the indexer's projections). Called by every layer. Kernels: gemv_triton (one token),
-gemm_triton (the others), parts_triton (sums that programs shared).
+gemm_triton (the others), parts_triton (sums that programs shared), gemm_fp8_triton (W8A8).
 """
 
 from collections.abc import Sequence
@@ -24,7 +25,13 @@ from torch import Tensor
 
 from minidsv.kernels.norm import PreNorm, assert_pre_norm, pre_norm
 from minidsv.kernels.pdl import PdlMode, triton_mode
-from minidsv.kernels.quant import block_scale_shape, dequantize_fp8_blocks
+from minidsv.kernels.quant import (
+    Activations,
+    block_scale_shape,
+    dequantize_fp8_blocks,
+    is_quantised,
+    rounded_to_fp8,
+)
 
 MAX_SEGMENTS = 4
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -40,11 +47,16 @@ class Segment:
 
 
 def linear_ref(
-    x: Tensor, weight: Tensor, scale: Tensor | None = None, out_dtype: torch.dtype | None = None
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    activations: Activations = "none",
 ) -> Tensor:
     """The projection in PyTorch."""
     out_dtype = out_dtype or x.dtype
     if scale is not None:
+        x = rounded_to_fp8(x, activations)
         return F.linear(x.float(), dequantize_fp8_blocks(weight, scale)).to(out_dtype)
     if out_dtype == x.dtype == weight.dtype:
         return F.linear(x, weight)
@@ -79,30 +91,52 @@ def linear(
     scale: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     pdl: PdlMode | None = None,
+    activations: Activations = "none",
 ) -> Tensor:
     """x [T, in], weight [out, in], scale [ceil(out/128), ceil(in/128)] if e4m3 -> [T, out].
 
     `out_dtype` None is x's; float32 keeps the accumulator (lm_head, the router, the indexer's
-    gate). `pdl`: None runs the reference, a mode the Triton kernel in that mode.
+    gate). `pdl`: None runs the reference, a mode the Triton kernel in that mode. `activations`:
+    what an FP8 weight is multiplied with.
     """
-    return fused_linear(x, (Segment(weight, scale, out_dtype),), pdl)[0]
+    return fused_linear(x, (Segment(weight, scale, out_dtype),), pdl, activations)[0]
 
 
 def fused_linear(
-    x: Tensor, segments: Sequence[Segment], pdl: PdlMode | None = None
+    x: Tensor,
+    segments: Sequence[Segment],
+    pdl: PdlMode | None = None,
+    activations: Activations = "none",
 ) -> list[Tensor]:
     """Up to 4 projections of one x [T, in] -> one [T, out] each, in order."""
     _assert_segments(x, segments)
     mode = triton_mode(x, pdl)
     if mode is None:
-        return [linear_ref(x, s.weight, s.scale, s.out_dtype) for s in segments]
+        return [linear_ref(x, s.weight, s.scale, s.out_dtype, activations) for s in segments]
+    if is_quantised(activations, x.shape[1]):
+        return _fused_fp8(x, segments, activations == "fp8_ue8m0", mode)
     from minidsv.kernels.linear_triton import project
 
     return project(x, segments, mode)[0]
 
 
+def _fused_fp8(x: Tensor, segments: Sequence[Segment], ue8m0: bool, mode: PdlMode) -> list[Tensor]:
+    """FP8 weights in one launch, and the others, whose x stays as it is, in one of their own."""
+    from minidsv.kernels.gemm_fp8_triton import project_fp8
+    from minidsv.kernels.linear_triton import project
+
+    fp8 = [s for s in segments if s.scale is not None]
+    others = [s for s in segments if s.scale is None]
+    ours = iter(project_fp8(x, fp8, ue8m0, mode) if fp8 else ())
+    theirs = iter(project(x, others, mode)[0] if others else ())
+    return [next(theirs if s.scale is None else ours) for s in segments]
+
+
 def normed_linear(
-    x: PreNorm, segments: Sequence[Segment], pdl: PdlMode | None = None
+    x: PreNorm,
+    segments: Sequence[Segment],
+    pdl: PdlMode | None = None,
+    activations: Activations = "none",
 ) -> tuple[list[Tensor], Tensor]:
     """fused_linear of the norm of x [T, in] -> (one [T, out] each, the next block's residual).
 
@@ -111,9 +145,9 @@ def normed_linear(
     assert_pre_norm(x)
     _assert_segments(x.residual, segments)
     mode = triton_mode(x.residual, pdl)
-    if mode is None:
-        normed, residual = pre_norm(x)
-        return fused_linear(normed, segments), residual
+    if mode is None or is_quantised(activations, x.residual.shape[1]):
+        normed, residual = pre_norm(x, mode)
+        return fused_linear(normed, segments, mode, activations), residual
     from minidsv.kernels.linear_triton import project
 
     return project(x.residual, segments, mode, x)
@@ -126,6 +160,7 @@ def fused_a_gemm(
     wk: Segment | None,
     weights_proj: Tensor | None,
     pdl: PdlMode | None = None,
+    activations: Activations = "none",
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
     """Everything that an attention layer projects from the norm of x [T, hidden].
 
@@ -138,7 +173,7 @@ def fused_a_gemm(
         segments.append(wk)
     if weights_proj is not None:
         segments.append(Segment(weights_proj, out_dtype=torch.float32))
-    projected, residual = normed_linear(x, segments, pdl)
+    projected, residual = normed_linear(x, segments, pdl, activations)
     outputs = iter(projected)
     return (
         next(outputs),

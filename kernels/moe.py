@@ -5,8 +5,9 @@
                                                             multiplies the output of down
 
 gate and up are one tensor [..., 2, I, in] (gate first); weights are BF16, or FP8 (e4m3) in 128x128
-blocks with fp32 scales, multiplied with unquantised activations. Every linear's output is rounded
-to x's dtype. Called by the dense and the MoE layers.
+blocks with fp32 scales, multiplied with x and h as they are or, where `activations` says so, with
+their e4m3 of groups of 128 columns. Every linear's output is rounded to x's dtype. Called by the
+dense and the MoE layers.
 """
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from minidsv.kernels.gemm import linear
 from minidsv.kernels.pdl import PdlMode, triton_mode
+from minidsv.kernels.quant import Activations, is_quantised
 
 
 def swiglu_mlp_ref(
@@ -23,13 +25,23 @@ def swiglu_mlp_ref(
     gate_up_scale: Tensor | None,
     down: Tensor,
     down_scale: Tensor | None,
+    activations: Activations = "none",
 ) -> Tensor:
     """One MLP in PyTorch."""
+    scales = (None, None) if gate_up_scale is None else gate_up_scale
     gate, up = (
-        linear(x, gate_up[half], None if gate_up_scale is None else gate_up_scale[half]).float()
-        for half in (0, 1)
+        linear(x, gate_up[half], scales[half], activations=activations).float() for half in (0, 1)
     )
-    return linear((F.silu(gate) * up).to(x.dtype), down, down_scale)
+    h = (F.silu(gate) * up).to(x.dtype)
+    return linear(h, down, down_scale, activations=activations)
+
+
+def _of_all(activations: Activations, *mlps: Tensor | None) -> Activations:
+    """ "none" where weights are BF16, or x or h of an MLP, whose down is given, no whole groups."""
+    downs = [down for down in mlps if down is not None]
+    fp8 = all(down.dtype == torch.float8_e4m3fn for down in downs)
+    sizes = {columns for down in downs for columns in down.shape[-2:]}
+    return activations if fp8 and all(is_quantised(activations, n) for n in sizes) else "none"
 
 
 def routed_experts_ref(
@@ -40,6 +52,7 @@ def routed_experts_ref(
     gate_up_scale: Tensor | None,
     down: Tensor,
     down_scale: Tensor | None,
+    activations: Activations = "none",
 ) -> Tensor:
     """x [T, hidden], weights and ids [T, k], stacks of E experts -> fp32 [T, hidden]."""
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
@@ -51,6 +64,7 @@ def routed_experts_ref(
             None if gate_up_scale is None else gate_up_scale[expert],
             down[expert],
             None if down_scale is None else down_scale[expert],
+            activations,
         )
         out.index_add_(0, token, y.float() * weights[token, choice, None])
     return out
@@ -68,12 +82,13 @@ def moe_experts_ref(
     shared_gate_up_scale: Tensor | None,
     shared_down: Tensor | None,
     shared_down_scale: Tensor | None,
+    activations: Activations = "none",
 ) -> Tensor:
     """Routed and shared experts in PyTorch."""
-    out = routed_experts_ref(x, weights, ids, gate_up, gate_up_scale, down, down_scale)
+    out = routed_experts_ref(x, weights, ids, gate_up, gate_up_scale, down, down_scale, activations)
     if shared_gate_up is not None and shared_down is not None:
         shared = swiglu_mlp_ref(
-            x, shared_gate_up, shared_gate_up_scale, shared_down, shared_down_scale
+            x, shared_gate_up, shared_gate_up_scale, shared_down, shared_down_scale, activations
         )
         out = out + shared.float()
     return out.to(x.dtype)
@@ -108,6 +123,7 @@ def swiglu_mlp(
     down: Tensor,
     down_scale: Tensor | None,
     pdl: PdlMode | None = None,
+    activations: Activations = "none",
 ) -> Tensor:
     """x [T, hidden], gate_up [2, I, hidden], down [hidden, I] -> [T, hidden]; scales for FP8.
 
@@ -115,13 +131,19 @@ def swiglu_mlp(
     """
     assert down.dim() == 2, f"down {tuple(down.shape)} is not [hidden, I]"
     _assert_mlp(x, gate_up, gate_up_scale, down, down_scale)
-    mode = triton_mode(x, pdl)
+    mode, activations = triton_mode(x, pdl), _of_all(activations, down)
     if mode is None:
-        return swiglu_mlp_ref(x, gate_up, gate_up_scale, down, down_scale)
-    from minidsv.kernels.moe_triton import mlp_triton
+        return swiglu_mlp_ref(x, gate_up, gate_up_scale, down, down_scale, activations)
     from minidsv.kernels.moe_weights_triton import Weights
 
-    return mlp_triton(x, Weights(gate_up, gate_up_scale, down, down_scale), mode)
+    dense = Weights(gate_up, gate_up_scale, down, down_scale)
+    if activations != "none":
+        from minidsv.kernels.moe_fp8_triton import mlp_fp8
+
+        return mlp_fp8(x, dense, activations == "fp8_ue8m0", mode)
+    from minidsv.kernels.moe_triton import mlp_triton
+
+    return mlp_triton(x, dense, mode)
 
 
 def moe_experts(
@@ -137,6 +159,7 @@ def moe_experts(
     shared_down: Tensor | None,
     shared_down_scale: Tensor | None,
     pdl: PdlMode | None = None,
+    activations: Activations = "none",
 ) -> Tensor:
     """Routed and shared experts: x [T, hidden] -> [T, hidden] in x's dtype.
 
@@ -154,15 +177,21 @@ def moe_experts(
         assert shared_down.dtype == down.dtype, f"shared {shared_down.dtype}, routed {down.dtype}"
     stack = (gate_up, gate_up_scale, down, down_scale)
     shared = (shared_gate_up, shared_gate_up_scale, shared_down, shared_down_scale)
-    mode = triton_mode(x, pdl)
+    mode, activations = triton_mode(x, pdl), _of_all(activations, down, shared_down)
     if mode is None:
-        return moe_experts_ref(x, weights, ids, *stack, *shared)
-    from minidsv.kernels.moe_triton import moe_triton
+        return moe_experts_ref(x, weights, ids, *stack, *shared, activations)
     from minidsv.kernels.moe_weights_triton import Weights
 
     expert = None
     if shared_gate_up is not None and shared_down is not None:
         expert = Weights(shared_gate_up, shared_gate_up_scale, shared_down, shared_down_scale)
+    if activations != "none":
+        from minidsv.kernels.moe_fp8_triton import moe_fp8
+
+        ue8m0 = activations == "fp8_ue8m0"
+        return moe_fp8(x, weights, ids, Weights(*stack), expert, ue8m0, mode)
+    from minidsv.kernels.moe_triton import moe_triton
+
     return moe_triton(x, weights, ids, Weights(*stack), expert, mode)
 
 

@@ -10,6 +10,7 @@ FP8 linear and the loader.
 """
 
 import functools
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from torch import Tensor
 from minidsv.kernels.constants import FP8_BLOCK
 from minidsv.kernels.pdl import PdlMode, triton_mode
 
+# What FP8 weights are multiplied with: x as it is, or e4m3 in groups of FP8_BLOCK columns a token.
+Activations = Literal["none", "fp8", "fp8_ue8m0"]
 E4M3_MAX = 448.0
 AMAX_FLOOR = 1e-4
 
@@ -75,6 +78,18 @@ def per_token_group_quant_fp8_cost(
 def dequantize_groups(q: Tensor, scale: Tensor) -> Tensor:
     """Inverse of `per_token_group_quant_fp8`: e4m3 [..., D], fp32 [..., G] -> fp32 [..., D]."""
     return (q.float().unflatten(-1, (scale.shape[-1], -1)) * scale.unsqueeze(-1)).flatten(-2)
+
+
+def is_quantised(activations: Activations, columns: int) -> bool:
+    """Whether operands of so many columns are e4m3; those of no whole groups stay as they are."""
+    return activations != "none" and columns % FP8_BLOCK == 0
+
+
+def rounded_to_fp8(x: Tensor, activations: Activations) -> Tensor:
+    """x [T, D], or what of it FP8 activations keep, fp32."""
+    if not is_quantised(activations, x.shape[-1]):
+        return x
+    return dequantize_groups(*per_token_group_quant_fp8_ref(x, ue8m0=activations == "fp8_ue8m0"))
 
 
 def block_scale_shape(rows: int, cols: int) -> tuple[int, int]:

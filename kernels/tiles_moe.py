@@ -24,6 +24,9 @@ WIDE = Tile(block_m=64, block_n=128, block_k=128, num_warps=8, num_stages=3)
 PREFILL = Tile(block_m=128, block_n=128, block_k=128, num_warps=8, num_stages=3)
 MLP_TILES = (DECODE, DECODE_UNEVEN, SOME, SOME_UNEVEN, MEDIUM, WIDE, PREFILL)
 
+FP8_GATE_UP = Tile(64, 256, 128, num_warps=8, num_stages=4)
+FP8_DOWN = Tile(64, 256, 128, num_warps=8, num_stages=4)
+
 
 def _by_tokens_an_expert(m: int, experts: int, top_k: int, columns: int) -> Tile:
     """A tile that the tokens of most experts fill once, so that weights are read once."""
@@ -51,7 +54,19 @@ def moe_down(m: int, dims: tuple[int, ...]) -> Tile:
     return _by_tokens_an_expert(m, experts, top_k, inner)
 
 
+def moe_gate_up_fp8(m: int, dims: tuple[int, ...]) -> Tile:
+    """dims (experts, top_k)."""
+    return FP8_GATE_UP
+
+
+def moe_down_fp8(m: int, dims: tuple[int, ...]) -> Tile:
+    """dims as moe_gate_up_fp8's."""
+    return FP8_DOWN
+
+
 TILES: dict[str, Rule] = {
     "moe_gate_up": moe_gate_up,
     "moe_down": moe_down,
+    "moe_gate_up_fp8": moe_gate_up_fp8,
+    "moe_down_fp8": moe_down_fp8,
 }

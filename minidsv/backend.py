@@ -2,9 +2,11 @@
 
 from importlib.util import find_spec
 
+from minidsv.config import ModelConfig
 from minidsv.engine_config import EngineConfig
 from minidsv.errors import ConfigError
 from minidsv.kernels.pdl import PdlMode, is_arch_support_pdl
+from minidsv.kernels.quant import Activations
 
 Capability = tuple[int, int]  # CUDA compute capability
 MAX_GRID = 65535  # tokens of a step, on a grid's third axis
@@ -93,3 +95,10 @@ def pdl_mode(config: EngineConfig) -> PdlMode | None:
     if config.backend == "torch":
         return None
     return "prefetch" if config.pdl == "on" else "off"
+
+
+def activations_of(config: EngineConfig, model: ModelConfig) -> Activations:
+    """What a resolved config passes to its operators as `activations`, in long steps."""
+    if config.activations == "none":
+        return "none"
+    return "fp8_ue8m0" if model.ue8m0_activations else "fp8"

@@ -25,6 +25,7 @@ _ENGINE_ONLY = {
     "max_num_batched_tokens": "no prompt is computed",
     "num_pages": "batch and context set it",
     "enable_prefix_caching": "no prompt is computed",
+    "activations": "no prompt is computed",
 }
 
 

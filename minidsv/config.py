@@ -125,6 +125,7 @@ class ModelConfig:
     rope: RopeConfig
     num_nextn_predict_layers: int  # multi-token-prediction layers behind the last one; not loaded
     fp8_weights: bool  # stored as FP8 128x128 blocks
+    ue8m0_activations: bool  # FP8 activations have scales of powers of two
     eos_token_ids: tuple[int, ...]
 
     @property
@@ -187,6 +188,7 @@ class ModelConfig:
             # transformers drops the field; every release has one such layer
             num_nextn_predict_layers=fields.integer("num_nextn_predict_layers", 1, least=0),
             fp8_weights=_fp8_weights(fields),
+            ue8m0_activations=_ue8m0_activations(fields),
             eos_token_ids=fields.token_ids("eos_token_id"),
         )
         _check_dims(config)
@@ -208,6 +210,18 @@ def _fp8_weights(fields: Fields) -> bool:
                 f"quantization_config.{name}: {value!r} is not supported; accepted: {accepted!r}"
             )
     return True
+
+
+def _ue8m0_activations(fields: Fields) -> bool:
+    """Whether FP8 activations have scales of powers of two; else any fp32."""
+    if not fields.has("quantization_config"):
+        return False
+    value = fields.object("quantization_config").raw.get("scale_fmt")
+    if value not in (None, "ue8m0"):
+        raise ConfigError(
+            f"quantization_config.scale_fmt: {value!r} is not supported; accepted: 'ue8m0', None"
+        )
+    return value is not None
 
 
 def _dense_layers(fields: Fields, layers: int) -> int:

@@ -29,6 +29,9 @@ class EngineConfig:
     quantization: str = _option(
         "auto", "weights: as stored, dequantised, FP8 on load", "auto", "none", "fp8"
     )
+    activations: str = _option(
+        "none", "FP8 activations beside FP8 weights, in steps of 256 tokens or more", "none", "fp8"
+    )
     load_format: str = _option("auto", "read the checkpoint, or random weights", "auto", "random")
     backend: str = _option(
         "auto", "operators (auto: triton where it can run)", "auto", "torch", "triton", "flashinfer"

@@ -9,7 +9,10 @@ from minidsv.kernels.gemm import Segment
 from minidsv.kernels.moe import swiglu_mlp
 from minidsv.kernels.norm import PreNorm, pre_norm
 from minidsv.kernels.pdl import PdlMode
+from minidsv.kernels.quant import Activations
 from minidsv.kernels.rope_quant import RopeQuantBackend
+
+FP8_ACTIVATION_TOKENS = 256  # a shorter step's time is that of reading its weights
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,11 @@ class Operators:
 
     pdl: PdlMode | None = None
     rope_quant: RopeQuantBackend = "triton"  # for flat FP8 caches
+    activations: Activations = "none"  # beside FP8 weights, in long steps
+
+    def activations_of(self, x: PreNorm) -> Activations:
+        """Those of a step with the tokens of x."""
+        return self.activations if len(x.residual) >= FP8_ACTIVATION_TOKENS else "none"
 
 
 @dataclass
@@ -26,14 +34,15 @@ class MLP:
 
     gate_up: Weight
     down: Weight
-    pdl: PdlMode | None
+    operators: Operators
 
     def __call__(self, x: PreNorm) -> tuple[Tensor, Tensor]:
         """x [T, hidden] -> (down of it [T, hidden], the residual)."""
         gate_up, down = self.gate_up, self.down
-        normed, residual = pre_norm(x, self.pdl)
-        out = swiglu_mlp(normed, gate_up.data, gate_up.scale, down.data, down.scale, self.pdl)
-        return out, residual
+        pdl, activations = self.operators.pdl, self.operators.activations_of(x)
+        normed, residual = pre_norm(x, pdl)
+        weights = gate_up.data, gate_up.scale, down.data, down.scale
+        return swiglu_mlp(normed, *weights, pdl, activations), residual
 
 
 class LayerWeights:
@@ -58,5 +67,5 @@ class LayerWeights:
         weight = self[name]
         return Segment(weight.data, weight.scale)
 
-    def mlp(self, name: str, pdl: PdlMode | None) -> MLP:
-        return MLP(self[f"{name}.gate_up_proj"], self[f"{name}.down_proj"], pdl)
+    def mlp(self, name: str, operators: Operators) -> MLP:
+        return MLP(self[f"{name}.gate_up_proj"], self[f"{name}.down_proj"], operators)

@@ -74,6 +74,7 @@ class MLA:
         scored.
         """
         c, pdl, indexer = self.config, self.operators.pdl, self.indexer
+        activations = self.operators.activations_of(x)
         scorer = indexer if dense is None else None
         qr, latent, index_k, gate, residual = fused_a_gemm(
             x,
@@ -82,10 +83,11 @@ class MLA:
             indexer.wk if indexer else None,
             scorer.weights_proj if scorer else None,
             pdl,
+            activations,
         )
         projections = [self.q_b_proj, *([scorer.wq_b] if scorer else [])]
         query_norm = PreNorm(None, qr, self.q_a_gain, c.latent_norm_eps)
-        (q, *index_q), _ = normed_linear(query_norm, projections, pdl)
+        (q, *index_q), _ = normed_linear(query_norm, projections, pdl, activations)
         keys = indexer.keys(index_k) if indexer and index_k is not None else None
         queries = scorer.queries(index_q[0], gate) if scorer and gate is not None else None
         q_latent, q_pe, prepared = self._prepare(q, latent, keys, queries, step, rope)
@@ -97,7 +99,8 @@ class MLA:
         out = sparse_mla_values(
             q_latent, q_pe, self.kv_buffer, topk_indices, self.w_uv, c.attention_scale, pdl
         )
-        out = linear(out, self.o_proj.weight, self.o_proj.scale, pdl=pdl)
+        o_proj = self.o_proj.weight, self.o_proj.scale
+        out = linear(out, *o_proj, pdl=pdl, activations=activations)
         return out, residual, topk_indices
 
     def _prepare(

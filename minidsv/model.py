@@ -34,9 +34,9 @@ class DecoderLayer:
         self.post_attention_gain = weights["post_attention_layernorm"].data
         self.attention = MLA(config, weights, layer, cache, operators)
         self.mlp: MoE | MLP = (
-            MoE(config, weights, operators.pdl)
+            MoE(config, weights, operators)
             if config.is_moe(layer)
-            else weights.mlp("mlp", operators.pdl)
+            else weights.mlp("mlp", operators)
         )
 
 

@@ -5,21 +5,20 @@ from torch import Tensor
 from minidsv.config import ModelConfig
 from minidsv.kernels.moe import moe_experts
 from minidsv.kernels.norm import PreNorm
-from minidsv.kernels.pdl import PdlMode
 from minidsv.kernels.router import grouped_topk, norm_router_gemm
-from minidsv.layers import LayerWeights
+from minidsv.layers import LayerWeights, Operators
 
 
 class MoE:
     """One layer's router, routed experts and shared expert."""
 
-    def __init__(self, config: ModelConfig, weights: LayerWeights, pdl: PdlMode | None):
-        self.config, self.pdl = config, pdl
+    def __init__(self, config: ModelConfig, weights: LayerWeights, operators: Operators):
+        self.config, self.operators, self.pdl = config, operators, operators.pdl
         self.gate = weights["mlp.gate"].data
         self.gate_bias = weights["mlp.gate_bias"].data
         self.gate_up = weights["mlp.experts.gate_up_proj"]
         self.down = weights["mlp.experts.down_proj"]
-        self.shared = weights.mlp("mlp.shared_experts", pdl)
+        self.shared = weights.mlp("mlp.shared_experts", operators)
 
     def __call__(self, x: PreNorm) -> tuple[Tensor, Tensor]:
         """x [T, hidden] -> (the mixture [T, hidden], the residual)."""
@@ -38,6 +37,7 @@ class MoE:
             self.shared.down.data,
             self.shared.down.scale,
             pdl=self.pdl,
+            activations=self.operators.activations_of(x),
         )
         return out, residual
 

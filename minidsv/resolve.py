@@ -16,6 +16,7 @@ from minidsv.config import ModelConfig
 from minidsv.engine_config import EngineConfig
 from minidsv.errors import ConfigError
 from minidsv.kernels.constants import FP8_BLOCK
+from minidsv.layers import FP8_ACTIVATION_TOKENS
 
 FP8_CAPABILITY = (8, 9)
 
@@ -43,6 +44,8 @@ def settle(config: EngineConfig, model: ModelConfig, capability: Capability | No
     check_cache_dtypes(model, resolved.kv_cache_dtype, resolved.index_cache_dtype)
     if capability is not None and capability < FP8_CAPABILITY:
         resolved = _without_fp8(resolved, model, capability)
+    if resolved.activations == "fp8":
+        _check_fp8_activations(resolved, model)
     resolved = replace(resolved, backend=settle_backend(resolved, capability))
     return replace(
         resolved, pdl=settle_pdl(resolved, capability), cuda_graph=settle_cuda_graph(resolved)
@@ -58,10 +61,28 @@ def _check_model_len(config: EngineConfig, model: ModelConfig) -> None:
         )
 
 
+def _has_fp8_weights(config: EngineConfig, model: ModelConfig) -> bool:
+    return config.quantization == "fp8" or (model.fp8_weights and config.quantization == "auto")
+
+
+def _check_fp8_activations(config: EngineConfig, model: ModelConfig) -> None:
+    """Refuse them where they would change nothing, and where decode steps would take them."""
+    missing, least = None, FP8_ACTIVATION_TOKENS
+    if not _has_fp8_weights(config, model):
+        missing = f"FP8 weights, and with quantization {config.quantization!r} there are none"
+    elif config.max_num_batched_tokens < least:
+        found = config.max_num_batched_tokens
+        missing = f"max_num_batched_tokens of at least {least}, and it is {found}"
+    elif config.max_num_seqs >= least:  # a decode step has a token of each
+        missing = f"max_num_seqs below {least}, and it is {config.max_num_seqs}"
+    if missing is not None:
+        raise ConfigError(f"activations: 'fp8' needs {missing}; accepted here: 'none'")
+
+
 def _without_fp8(config: EngineConfig, model: ModelConfig, capability: Capability) -> EngineConfig:
     """Refuse FP8 weights and caches; FP8 tensors of a BF16 checkpoint are dequantised on load."""
     found = device_name(config.device, capability)
-    if config.quantization == "fp8" or (model.fp8_weights and config.quantization == "auto"):
+    if _has_fp8_weights(config, model):
         raise ConfigError(
             f"quantization: {config.quantization!r} keeps FP8 weights, which need capability 8.9, "
             f"and {found}; accepted here: 'none' (dequantised on load)"

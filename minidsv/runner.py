@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from minidsv.backend import pdl_mode
+from minidsv.backend import activations_of, pdl_mode
 from minidsv.batch import StepBatch, StepBuffers
 from minidsv.block_manager import pages_for
 from minidsv.checkpoint import Weight
@@ -95,7 +95,7 @@ class ModelRunner:
                 "memory"
             ) from None
         rope_quant: RopeQuantBackend = "flashinfer" if config.backend == "flashinfer" else "triton"
-        operators = Operators(self.pdl, rope_quant)
+        operators = Operators(self.pdl, rope_quant, activations_of(config, model_config))
         self.model = DeepseekV32(model_config, weights, self.cache, operators)
         self.runs_ahead = self.device.type == "cuda"
         self.counts = StepCounts()

@@ -176,6 +176,7 @@ def test_roofline_of_one_full_layer() -> None:
         batch=1,
         context=4096,
         fp8_weights=True,
+        ue8m0_activations=True,
         kv_cache_dtype="fp8",
         index_cache_dtype="fp8",
     )

@@ -217,7 +217,7 @@ def test_launches_of_a_moe_block(
 ) -> None:
     """A lone token's norm is the router's; it needs no plan and no sum."""
     config = model_config("deepseek_v32")
-    block = MoE(config, LayerWeights(meta_weights(config, weights == "fp8"), 1), "off")
+    block = MoE(config, LayerWeights(meta_weights(config, weights == "fp8"), 1), Operators("off"))
     x = torch.empty((2, tokens, config.hidden_size), dtype=torch.bfloat16, device=META)
     gain = torch.empty(config.hidden_size, device=META)
     out, residual = block(PreNorm(x[0], x[1], gain, 1e-6))

@@ -14,6 +14,7 @@ INTERPRETED = [
     "test_model_triton.py",
     "test_router_triton.py",
     "test_moe_triton.py",
+    "test_fp8_triton.py",
     "test_small_triton.py",
     "test_prep_triton.py",
     "test_attention_prep_triton.py",
