@@ -146,6 +146,10 @@ def test_hf_saved_fields() -> None:
             {"quantization_config": {**V32["quantization_config"], "fmt": "e5m2"}},
             ["quantization_config.fmt", "e5m2", "e4m3"],
         ),
+        (
+            {"quantization_config": {**V32["quantization_config"], "scale_fmt": "e8"}},
+            ["quantization_config.scale_fmt", "e8", "ue8m0"],
+        ),
         ({"eos_token_id": 129280}, ["eos_token_id", "129280"]),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -176,7 +180,6 @@ def test_roofline_of_one_full_layer() -> None:
         batch=1,
         context=4096,
         fp8_weights=True,
-        ue8m0_activations=True,
         kv_cache_dtype="fp8",
         index_cache_dtype="fp8",
     )

@@ -25,6 +25,7 @@ from minidsv.kernels.argmax import argmax
 from minidsv.kernels.launch import KernelSpec, Row
 from minidsv.kernels.norm import PreNorm
 from minidsv.kernels.pdl import PdlMode
+from minidsv.kernels.quant import Activations
 from minidsv.kernels.ran import nearest, row_of
 from minidsv.kernels.specs import SPECS
 from minidsv.kv_cache import KVCache
@@ -139,9 +140,12 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
 def test_every_launch_is_a_row(name: str, weights: str, launches: Launches) -> None:
     config = model_config(name)
     parameters = meta_weights(config, weights == "fp8")
-    for caches in (("bfloat16", "bfloat16"), ("fp8", "fp8"), ("fp8_flat", "fp8")):
+    variants: tuple[tuple[str, str, Activations], ...] = (
+        ("bfloat16", "bfloat16", "none"), ("fp8", "fp8", "fp8"), ("fp8_flat", "fp8", "fp8_ue8m0"),
+    )  # fmt: skip
+    for *caches, activations in variants:
         cache = KVCache.allocate(config, 200, *caches, META)
-        model = DeepseekV32(config, parameters, cache, Operators("off"))
+        model = DeepseekV32(config, parameters, cache, Operators("off", activations=activations))
         for step in steps():
             argmax(model.forward(step)[1], "off")
         for size in batch_sizes(200):
@@ -153,12 +157,18 @@ def test_every_launch_is_a_row(name: str, weights: str, launches: Launches) -> N
     assert not missing, "\n".join(missing)
 
 
-@pytest.mark.parametrize(("name", "kinds"), [("bundled", 2), ("deepseek_v32", 2), ("glm52", 3)])
-def test_nothing_compiles_in_a_request(name: str, kinds: int, launches: Launches) -> None:
+@pytest.mark.parametrize(
+    ("name", "kinds", "activations"),
+    [("bundled", 2, "fp8"), ("deepseek_v32", 2, "none"), ("glm52", 3, "fp8_ue8m0")],
+)
+def test_nothing_compiles_in_a_request(
+    name: str, kinds: int, activations: Activations, launches: Launches
+) -> None:
     """All that any step launches was launched by the warm-up, whatever its sizes."""
     config = model_config(name, layers=5 if kinds == 3 else 3)
     cache = KVCache.allocate(config, 200, "fp8", "fp8", META)
-    model = DeepseekV32(config, meta_weights(config, True), cache, Operators("off"))
+    operators = Operators("off", activations=activations)
+    model = DeepseekV32(config, meta_weights(config, True), cache, operators)
     bounds, short = context_bounds(config.index_topk, 70_016), model.abridged()
     assert len(short.layers) == kinds
     for step in warm_up_steps(bounds, 200, 8192, 199, META):
@@ -200,24 +210,32 @@ EXPERTS_OF_ONE = ["grouped_topk_kernel", "lone_gate_up_kernel", "lone_down_kerne
 EXPERTS_OF_MANY = [
     "grouped_topk_kernel", "prepare_kernel", "gate_up_kernel", "down_kernel", "combine_kernel",
 ]  # fmt: skip
+EXPERTS_IN_FP8 = [
+    "grouped_topk_kernel", "prepare_kernel", "quantize_groups_kernel", "gate_up_fp8_kernel",
+    "down_fp8_kernel", "combine_kernel",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("weights", ["fp8", "bf16"])
 @pytest.mark.parametrize(
-    ("tokens", "names"),
+    ("tokens", "names", "activations"),
     [
-        (1, ["norm_router_gemv_kernel", *EXPERTS_OF_ONE]),
-        (8, [*ROUTER_OF_MANY, *EXPERTS_OF_MANY]),
-        (64, ["add_rms_norm_kernel", "wide_kernel", "sum_parts_kernel", *EXPERTS_OF_MANY]),
-        (65, ["add_rms_norm_kernel", "wide_kernel", *EXPERTS_OF_MANY]),
+        (1, ["norm_router_gemv_kernel", *EXPERTS_OF_ONE], "none"),
+        (8, [*ROUTER_OF_MANY, *EXPERTS_OF_MANY], "none"),
+        (64, ["add_rms_norm_kernel", "wide_kernel", "sum_parts_kernel", *EXPERTS_OF_MANY], "none"),
+        (255, ["add_rms_norm_kernel", "wide_kernel", *EXPERTS_OF_MANY], "fp8"),
+        (256, ["add_rms_norm_kernel", "wide_kernel", *EXPERTS_IN_FP8], "fp8"),
     ],
 )
 def test_launches_of_a_moe_block(
-    tokens: int, names: list[str], weights: str, launches: Launches
+    tokens: int, names: list[str], activations: Activations, weights: str, launches: Launches
 ) -> None:
     """A lone token's norm is the router's; it needs no plan and no sum."""
+    if weights == "bf16" and names[2:] == EXPERTS_IN_FP8:
+        names = [*names[:2], *EXPERTS_OF_MANY]
     config = model_config("deepseek_v32")
-    block = MoE(config, LayerWeights(meta_weights(config, weights == "fp8"), 1), Operators("off"))
+    operators = Operators("off", activations=activations)
+    block = MoE(config, LayerWeights(meta_weights(config, weights == "fp8"), 1), operators)
     x = torch.empty((2, tokens, config.hidden_size), dtype=torch.bfloat16, device=META)
     gain = torch.empty(config.hidden_size, device=META)
     out, residual = block(PreNorm(x[0], x[1], gain, 1e-6))

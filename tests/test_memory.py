@@ -159,14 +159,16 @@ def test_the_triton_path_stays_within_the_workspace(name: str) -> None:
     layers = min(5, model.num_hidden_layers)
     model = replace(model, num_hidden_layers=layers, indexer_types=model.indexer_types[:layers])
     weights = meta_weights(model, fp8=True)
-    for kv in ("bfloat16", "fp8", "fp8_flat"):
+    for kv, activations in (("bfloat16", "none"), ("fp8", "fp8"), ("fp8_flat", "none")):
         cache = KVCache.allocate(model, 2, kv, "fp8", META)
-        forward = DeepseekV32(model, weights, cache, Operators("off")).forward
+        operators = Operators("off", activations=activations)
+        forward = DeepseekV32(model, weights, cache, operators).forward
         for tokens, requests, length, rows in (
             (8192, 1, 65_792, 1088), (8192, 1, 65_792, 8192), (8192, 2, 2000, 2),
             (64, 64, 163_840, 64), (1, 1, 163_840, 1),
         ):  # fmt: skip
-            config = replace(GPU, kv_cache_dtype=kv, max_model_len=length)
+            options = {"kv_cache_dtype": kv, "activations": activations}
+            config = replace(GPU, max_model_len=length, **options)
             with PeakMemory() as memory:
                 forward(meta_step(tokens, requests, length, rows))
             bound = forward_bytes(model, config, tokens, rows)
@@ -206,9 +208,11 @@ def test_the_reference_path_stays_within_the_workspace(heads: int, dtype: str, k
     pieces = random_tensors(model, seed=0, fp8=True, device=CPU)
     weights = fill(pieces, device=CPU, dtype=getattr(torch, dtype), quantization="auto")
     cache = KVCache.allocate(model, 10, kv, "fp8", CPU)
-    forward = DeepseekV32(model, weights, cache, Operators()).forward
-    for tokens, length in ((256, 300), (8, 4000), (64, 64)):
-        config = replace(HOST, dtype=dtype, kv_cache_dtype=kv, max_model_len=length)
+    forward = DeepseekV32(model, weights, cache, Operators(activations="fp8")).forward
+    for tokens, length in ((256, 300), (255, 300), (8, 4000), (64, 64)):
+        config = replace(
+            HOST, dtype=dtype, kv_cache_dtype=kv, max_model_len=length, activations="fp8"
+        )
         with PeakMemory() as memory:
             forward(cpu_step(tokens, length))
         bound = forward_bytes(model, config, tokens, tokens)

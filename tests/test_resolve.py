@@ -7,13 +7,14 @@ import pytest
 from test_config import V32, changed
 
 from minidsv import backend
-from minidsv.backend import pdl_mode
+from minidsv.backend import activations_of, pdl_mode
 from minidsv.config import ModelConfig
 from minidsv.engine_config import EngineConfig
 from minidsv.errors import ConfigError
 from minidsv.resolve import resolve, settle
 
 NO_FP8 = {"quantization": "none"}
+FP8 = {"activations": "fp8"}
 
 
 @pytest.fixture
@@ -121,6 +122,10 @@ def test_what_auto_becomes(
         ((9, 0), {"backend": "flashinfer"}, "backend: 'flashinfer' .* 'fp8_flat', .* 'bfloat16'"),
         ((9, 0), {"cuda_graph": "on", "backend": "torch"}, "cuda_graph: 'on' .* is 'torch'"),
         (None, {"device": "cpu", "cuda_graph": "on"}, "cuda_graph: 'on' .* is 'torch'"),
+        ((9, 0), {**FP8, **NO_FP8}, "activations: 'fp8' needs FP8 weights, .* 'none'"),
+        ((8, 0), {**FP8, **NO_FP8}, "activations: 'fp8' needs FP8 weights"),
+        ((9, 0), {**FP8, "max_num_batched_tokens": 255}, "activations: .* at least 256, .* 255"),
+        ((9, 0), {**FP8, "max_num_seqs": 256}, "activations: .* max_num_seqs below 256, .* is 256"),
     ],
 )
 def test_what_a_device_cannot_do_is_refused(
@@ -130,6 +135,27 @@ def test_what_a_device_cannot_do_is_refused(
         settle(
             EngineConfig(**{"device": "cuda:0", **options}), ModelConfig.from_hf(V32), capability
         )
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "activations"),
+    [
+        ({}, {}, "none"),
+        ({}, FP8, "fp8_ue8m0"),
+        ({"quantization_config": "absent"}, {**FP8, "quantization": "fp8"}, "fp8"),
+    ],
+)
+def test_activations(changes: dict[str, str], options: dict[str, str], activations: str) -> None:
+    """Scales are powers of two where the checkpoint's are."""
+    model = changed(V32, **changes)
+    assert (
+        activations_of(resolve(EngineConfig(device="cpu", **options), model), model) == activations
+    )
+
+
+def test_fp8_activations_need_fp8_weights_in_the_checkpoint() -> None:
+    with pytest.raises(ConfigError, match="activations: 'fp8' needs FP8 weights, .* 'auto'"):
+        resolve(EngineConfig(device="cpu", **FP8), changed(V32, quantization_config="absent"))
 
 
 def test_missing_packages_are_named(packages: set[str]) -> None:
