@@ -123,8 +123,8 @@ def _row(tile: Tile, **more: str | int | float) -> Row:
         "plan": "*i32:16", "order": "*i32:16", "tokens": "i32", "hidden": "i32:16",
         "inner": "i32:16", "shared_inner": "i32:16", "shared_programs": "i32",
         "h": "*fp8e4nv:16", "hs": "*fp32:16", "shared_h": "*fp8e4nv:16", "shared_hs": "*fp32:16",
-    } | pointees(True)  # fmt: skip
-    return Row(arguments | more, tile.num_warps, tile.num_stages)
+    }  # fmt: skip
+    return Row(arguments | pointees(True) | more, tile.num_warps, tile.num_stages)
 
 
 def _up_sizes(tile: Tile, ue8m0: bool) -> dict[str, str | int | float]:

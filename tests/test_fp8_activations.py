@@ -1,4 +1,4 @@
-"""FP8 activations without a GPU: the formula, how far it is from 16 bits, and the engine's option."""
+"""FP8 activations in PyTorch: the formula, how far it is from unquantised, the engine's option."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from minidsv.kernels.gemm import linear
 from minidsv.kernels.moe import moe_experts, swiglu_mlp
 from minidsv.kernels.quant import Activations, per_token_group_quant_fp8_ref, quantize_fp8_blocks
 from minidsv.layers import FP8_ACTIVATION_TOKENS
-from minidsv.questions import Question, eval_questions
+from minidsv.questions import eval_questions
 
 KINDS: tuple[Activations, ...] = ("fp8", "fp8_ue8m0")
 
@@ -81,7 +81,7 @@ def test_long_steps_alone_are_quantised(llms: tuple[LLM, LLM]) -> None:
     fp8, plain = llms
     ids = [7 + i % 200 for i in range(FP8_ACTIVATION_TOKENS)]
     assert torch.equal(fp8.prompt_logits(ids[:-1]), plain.prompt_logits(ids[:-1]))
-    assert 1e-3 < relative_l2(fp8.prompt_logits(ids), plain.prompt_logits(ids)) < 0.2
+    assert 1e-3 < relative_l2(fp8.prompt_logits(ids), plain.prompt_logits(ids)) < 0.5
 
 
 @pytest.mark.parametrize(("kind", "length"), [("fact_open", 0), ("retrieval_open", 384)])
@@ -89,9 +89,7 @@ def test_answers_stay_right(kind: str, length: int, llms: tuple[LLM, LLM]) -> No
     """Of prompts that fill steps of more than 256 tokens, alone or together."""
     fp8 = llms[0]
     encode, decode = fp8.engine.tokenizer.encode, fp8.engine.tokenizer.decode
-    questions: list[Question] = eval_questions(
-        kind, 40, 20, length, lambda text: len(encode(text)) - 1
-    )
+    questions = eval_questions(kind, 40, 20, length, lambda text: len(encode(text)) - 1)
     assert sum(len(encode(q.prompt)) for q in questions) > 2 * FP8_ACTIVATION_TOKENS
     outputs = fp8.generate([q.prompt for q in questions], SamplingParams(max_tokens=16))
     answers = [decode(output.outputs[0].token_ids) for output in outputs]

@@ -154,7 +154,7 @@ def test_activations(changes: dict[str, str], options: dict[str, str], activatio
 
 
 def test_fp8_activations_need_fp8_weights_in_the_checkpoint() -> None:
-    with pytest.raises(ConfigError, match="activations: 'fp8' needs FP8 weights, .* 'auto'"):
+    with pytest.raises(ConfigError, match=r"activations: 'fp8' needs FP8 weights, .* 'auto'"):
         resolve(EngineConfig(device="cpu", **FP8), changed(V32, quantization_config="absent"))
 
 
