@@ -1,4 +1,4 @@
-"""FP8 activations in PyTorch: the formula, how far it is from unquantised, the engine's option."""
+"""FP8 activations: the formula, how far it is from unquantised, and the engine's option."""
 
 import pytest
 import torch
@@ -70,10 +70,10 @@ def test_experts(kind: Activations) -> None:
     assert 0.02 < relative_l2(got, want) < 0.08
 
 
-@pytest.fixture(scope="module")
-def llms() -> tuple[LLM, LLM]:
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def llms(request: pytest.FixtureRequest) -> tuple[LLM, LLM]:
     """The bundled model with FP8 activations, and without."""
-    options = {"num_pages": 400, "enable_prefix_caching": False, "device": "cpu"}
+    options = {"num_pages": 400, "enable_prefix_caching": False, "device": request.param}
     return LLM(activations="fp8", **options), LLM(**options)
 
 
