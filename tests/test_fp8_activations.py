@@ -70,10 +70,11 @@ def test_experts(kind: Activations) -> None:
     assert 0.02 < relative_l2(got, want) < 0.08
 
 
-@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def llms(request: pytest.FixtureRequest) -> tuple[LLM, LLM]:
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def llms(request: pytest.FixtureRequest, visible_gpu: None) -> tuple[LLM, LLM]:
     """The bundled model with FP8 activations, and without."""
     options = {"num_pages": 400, "enable_prefix_caching": False, "device": request.param}
+    options["cuda_graph"] = "off"
     return LLM(activations="fp8", **options), LLM(**options)
 
 
