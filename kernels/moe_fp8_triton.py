@@ -135,15 +135,12 @@ def _down_sizes(tile: Tile) -> dict[str, str | int | float]:
     return {"BT": tile.block_m, "GROUP": TOKEN_TILES, "ROWS": tile.block_n // 2}
 
 
-_UP: dict[str, str | int | float] = {
-    "x": "*fp8e4nv:16",
-    "xs": "*fp32:16",
-    "top_k": "i32",
-    "BF16": 1,
-}
 GATE_UP_FP8 = KernelSpec(
     _gate_up_fp8_kernel,
-    tuple(_row(FP8_GATE_UP, **_UP, **_up_sizes(FP8_GATE_UP, kind)) for kind in (False, True)),
+    tuple(
+        _row(FP8_GATE_UP, x="*fp8e4nv:16", xs="*fp32:16", top_k="i32", BF16=1, **sizes)
+        for sizes in (_up_sizes(FP8_GATE_UP, ue8m0) for ue8m0 in (False, True))
+    ),
     fp_fusion=True,
 )
 DOWN_FP8 = KernelSpec(
@@ -156,16 +153,8 @@ SPECS = (GATE_UP_FP8, DOWN_FP8)
 
 def mlp_fp8(x: Tensor, dense: Weights, ue8m0: bool, mode: PdlMode) -> Tensor:
     """x [T, hidden] -> [T, hidden] through one MLP."""
-    y = torch.empty_like(x)
-    _run(
-        x,
-        torch.empty((len(x), 0), dtype=torch.int64, device=x.device),
-        dense,
-        dense,
-        y,
-        ue8m0,
-        mode,
-    )
+    y, ids = torch.empty_like(x), torch.empty((len(x), 0), dtype=torch.int64, device=x.device)
+    _run(x, ids, dense, dense, y, ue8m0, mode)
     return y
 
 
