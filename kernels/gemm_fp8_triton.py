@@ -31,7 +31,7 @@ def grouped(program, token_tiles, row_tiles, GROUP: tl.constexpr):
     """(tile of tokens, tile of rows): programs that run together share up to GROUP of the former,
     and the rows, which then come from L2."""
     group, within = program // (GROUP * row_tiles), program % (GROUP * row_tiles)
-    height = tl.maximum(tl.minimum(token_tiles - group * GROUP, GROUP), 1)  # 0 in no tile of these
+    height = tl.minimum(token_tiles - group * GROUP, GROUP)
     return group * GROUP + within % height, within // height
 
 

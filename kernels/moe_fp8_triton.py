@@ -33,7 +33,8 @@ def _share(
     """(is shared, block of rows, expert, begin, end) of a program: tokens of the shared expert,
     entries of `order` of a routed one."""
     is_shared = program < shared_programs
-    tile, block = grouped(program, tl.cdiv(tokens, BT), shared_blocks, GROUP)
+    own = tl.where(is_shared, program, 0)
+    tile, block = grouped(own, tl.cdiv(tokens, BT), shared_blocks, GROUP)
     routed = program - shared_programs
     entry = plan + routed // blocks * 3
     expert = tl.load(entry, mask=is_shared == 0, other=0).to(tl.int64)
