@@ -3,8 +3,8 @@
     y[t, o] = sum_b xs[t, b] s[o // 128, b] sum_{k in block b} x8[t, k] w8[o, k]
 
 Tokens are the tensor cores' M side, so that a thread owns few of their scales. A program multiplies
-a tile of tokens with two tiles of rows, so that the one's sums of a block of 128 columns are scaled
-into fp32 totals while the other's are made. Columns are whole blocks.
+a tile of tokens with two tiles of rows: both sums of a block of 128 columns are scaled into fp32
+totals before the next block's, for which few registers are left. Columns are whole blocks.
 """
 
 from collections.abc import Sequence
@@ -18,11 +18,9 @@ from triton import cdiv
 
 from minidsv.kernels.gemm import Segment
 from minidsv.kernels.launch import KernelSpec, Row, pdl_begin, pdl_end
-from minidsv.kernels.launch_config import launch_config
 from minidsv.kernels.pdl import PdlMode
 from minidsv.kernels.quant_triton import quantize_groups
 from minidsv.kernels.segments_triton import Arguments, locate, select, slots, store, tiles
-from minidsv.kernels.tile import Tile
 from minidsv.kernels.tiles_gemm import FP8_LINEAR, TOKEN_TILES
 
 
@@ -36,7 +34,23 @@ def grouped(program, token_tiles, row_tiles, GROUP: tl.constexpr):
 
 
 @triton.jit
-def pair(x, xs, w0, w1, s0, s1, blocks, BT: tl.constexpr, ROWS: tl.constexpr):
+def _add_scaled(total, sums, scale, AT_ONCE: tl.constexpr):
+    """total + sums * scale[:, None]; AT_ONCE: before the next product is begun, not when ptxas likes,
+    which may need more registers than there are."""
+    if AT_ONCE:
+        return tl.inline_asm_elementwise(
+            "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f",
+            [sums, tl.broadcast_to(scale[:, None], sums.shape), total],
+            dtype=tl.float32, is_pure=False, pack=1,
+        )  # fmt: skip
+    return total + sums * scale[:, None]
+
+
+@triton.jit
+def pair(
+    x, xs, w0, w1, s0, s1, blocks,
+    BT: tl.constexpr, ROWS: tl.constexpr, AT_ONCE: tl.constexpr = False,
+):  # fmt: skip
     """x [BT] and w0, w1 [ROWS] point to rows of `blocks` blocks, xs [BT] and the scalars s0, s1 to
     the scales of the first -> both products, fp32 [BT, ROWS]."""
     k = tl.arange(0, 128)[None, :]
@@ -46,9 +60,9 @@ def pair(x, xs, w0, w1, s0, s1, blocks, BT: tl.constexpr, ROWS: tl.constexpr):
         token, rows0, rows1 = tl.load(x), tl.load(w0), tl.load(w1)
         scale = tl.load(xs + block)
         sums0 = tl.dot(token, tl.trans(rows0))
-        total0 += sums0 * (scale * tl.load(s0 + block))[:, None]
+        total0 = _add_scaled(total0, sums0, scale * tl.load(s0 + block), AT_ONCE)
         sums1 = tl.dot(token, tl.trans(rows1))
-        total1 += sums1 * (scale * tl.load(s1 + block))[:, None]
+        total1 = _add_scaled(total1, sums1, scale * tl.load(s1 + block), AT_ONCE)
         x, w0, w1 = x + 128, w0 + 128, w1 + 128
     return total0, total1
 
@@ -78,8 +92,7 @@ def _linear_fp8_kernel(
     pdl_end(PDL)
 
 
-def _sizes(tile: Tile) -> dict[str, int]:
-    return {"BT": tile.block_m, "ROWS": tile.block_n // 2, "GROUP": TOKEN_TILES}
+_SIZES = {"BT": FP8_LINEAR.block_m, "ROWS": FP8_LINEAR.block_n // 2, "GROUP": TOKEN_TILES}
 
 
 def _rows() -> tuple[Row, ...]:
@@ -87,8 +100,7 @@ def _rows() -> tuple[Row, ...]:
     for slot in range(4):
         arguments |= {f"w{slot}": "*fp8e4nv:16", f"s{slot}": "*fp32:16"}
         arguments |= {f"o{slot}": "*bf16:16", f"n{slot}": "i32"}
-    tile = FP8_LINEAR
-    return (Row(arguments | _sizes(tile), tile.num_warps, tile.num_stages),)
+    return (Row(arguments | _SIZES, FP8_LINEAR.num_warps, FP8_LINEAR.num_stages),)
 
 
 LINEAR_FP8 = KernelSpec(_linear_fp8_kernel, _rows(), fp_fusion=True)
@@ -106,9 +118,9 @@ def project_fp8(x: Tensor, segments: Sequence[Segment], ue8m0: bool, mode: PdlMo
         assert s.weight.is_contiguous(), f"weight strides {s.weight.stride()}: want contiguous"
         assert s.scale is not None, "a weight without scales"
         assert s.scale.is_contiguous(), f"scale strides {s.scale.stride()}: want contiguous"
-    tile = launch_config("linear_fp8", len(x), (sum(len(s.weight) for s in segments), x.shape[1]))
-    args: dict[str, Any] = slots(segments, outputs) | _sizes(tile)
+    args: dict[str, Any] = slots(segments, outputs) | _SIZES
     args |= {"x": codes, "xs": scales, "m": len(x), "k_size": x.shape[1]}
+    tile = FP8_LINEAR
     grid = (cdiv(len(x), tile.block_m) * tiles(args, tile.block_n, tile.block_n),)
     LINEAR_FP8.launch(grid, mode, args, tile.num_warps, tile.num_stages)
     return outputs

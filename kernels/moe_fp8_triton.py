@@ -5,6 +5,7 @@ columns of h, a group, which it quantises itself: [gate | up] is its pair of til
 expert's programs (of a dense layer: all) come first.
 """
 
+import itertools
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from minidsv.kernels.pdl import PdlMode
 from minidsv.kernels.quant_triton import FP8_LIMITS, divide, fp8_scale, quantize_groups, to_e4m3
 from minidsv.kernels.tile import Tile
 from minidsv.kernels.tiles_gemm import TOKEN_TILES
-from minidsv.kernels.tiles_moe import FP8_DOWN, FP8_GATE_UP
+from minidsv.kernels.tiles_moe import FP8_MLP
 
 
 @triton.jit
@@ -97,8 +98,6 @@ def _down_fp8_kernel(
     if begin < end:
         at = begin + tl.arange(0, BT)
         row = tl.minimum(at, end - 1)
-        chosen = tl.load(order + row, mask=row < tl.where(is_shared, 0, end), other=0)
-        slot = tl.where(is_shared, slots + row, chosen).to(tl.int64)
         width = tl.where(is_shared, shared_inner, inner)
         blocks = width // 128
         w = tl.where(is_shared, shared_weight, weight + expert * hidden * inner)
@@ -106,13 +105,17 @@ def _down_fp8_kernel(
         first = block * 2 * ROWS
         second = tl.minimum(first + ROWS, hidden - ROWS)  # again, where there is none
         r = tl.arange(0, ROWS)
-        row = row.to(tl.int64)
+        w += (first + r).to(tl.int64) * width
+        source = row.to(tl.int64)
         y0, y1 = pair(
-            tl.where(is_shared, shared_h, h) + row * width,
-            tl.where(is_shared, shared_hs, hs) + row * blocks,
-            w + (first + r).to(tl.int64) * width, w + (second + r).to(tl.int64) * width,
+            tl.where(is_shared, shared_h, h) + source * width,
+            tl.where(is_shared, shared_hs, hs) + source * blocks,
+            w, w + (second - first).to(tl.int64) * width,
             s + first // 128 * blocks, s + second // 128 * blocks, blocks, BT, ROWS,
+            y.dtype.element_ty == tl.bfloat16,
         )  # fmt: skip
+        chosen = tl.load(order + row, mask=row < tl.where(is_shared, 0, end), other=0)
+        slot = tl.where(is_shared, slots + row, chosen).to(tl.int64)
         out, inside = y + slot[:, None] * hidden + r[None, :], (at < end)[:, None]
         tl.store(out + first, y0.to(y.dtype.element_ty), mask=inside)
         tl.store(out + second, y1.to(y.dtype.element_ty), mask=inside)
@@ -139,14 +142,14 @@ def _down_sizes(tile: Tile) -> dict[str, str | int | float]:
 GATE_UP_FP8 = KernelSpec(
     _gate_up_fp8_kernel,
     tuple(
-        _row(FP8_GATE_UP, x="*fp8e4nv:16", xs="*fp32:16", top_k="i32", BF16=1, **sizes)
-        for sizes in (_up_sizes(FP8_GATE_UP, ue8m0) for ue8m0 in (False, True))
+        _row(up, x="*fp8e4nv:16", xs="*fp32:16", top_k="i32", BF16=1, **_up_sizes(up, ue8m0))
+        for (up, _), ue8m0 in itertools.product(FP8_MLP, (False, True))
     ),
     fp_fusion=True,
 )
 DOWN_FP8 = KernelSpec(
     _down_fp8_kernel,
-    (_row(FP8_DOWN, y="*bf16:16", slots="i32", **_down_sizes(FP8_DOWN)),),
+    tuple(_row(down, y="*bf16:16", slots="i32", **_down_sizes(down)) for _, down in FP8_MLP),
     fp_fusion=True,
 )
 SPECS = (GATE_UP_FP8, DOWN_FP8)

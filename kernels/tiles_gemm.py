@@ -75,8 +75,8 @@ LINEAR = {  # by bytes of a weight; few rows, many rows; long sums, short sums
     1: ((FP8_FEW_LONG, FP8_FEW_SHORT), (FP8_MANY_LONG, FP8_MANY_SHORT)),
     2: ((BF16_FEW_LONG, BF16_FEW_SHORT), (BF16_MANY, BF16_MANY)),
 }
-FP8_LINEAR = Tile(128, 128, 128, num_warps=8, num_stages=4)
-TOKEN_TILES = 16  # of FP8 activations, that programs which run together share
+FP8_LINEAR = Tile(64, 128, 128)  # with FP8 activations
+TOKEN_TILES = 16  # that programs which run together share, there
 ABSORB_SHORT = Tile(16, 128, 128, num_stages=1)  # heads that sum over at most 256 columns
 ABSORB_LONG = Tile(16, 32, 512, num_stages=1)
 ABSORB_MANY = (Tile(64, 128, 64), Tile(128, 128, 64, num_warps=8))
@@ -88,11 +88,6 @@ def linear(m: int, dims: tuple[int, ...]) -> Tile:
     """dims (bytes of a weight, rows of all projections, columns)."""
     size, rows, columns = dims
     return LINEAR[size][rows >= FEW_ROWS][columns <= SHORT].for_tokens(m)
-
-
-def linear_fp8(m: int, dims: tuple[int, ...]) -> Tile:
-    """dims (rows of all projections, columns)."""
-    return FP8_LINEAR
 
 
 def takes_norm(tile: Tile) -> bool:
@@ -112,9 +107,4 @@ def attention_prep(m: int, dims: tuple[int, ...]) -> Tile:
     return PREPARE[m > PREPARE[0].block_m]
 
 
-TILES: dict[str, Rule] = {
-    "linear": linear,
-    "linear_fp8": linear_fp8,
-    "absorb": absorb,
-    "attention_prep": attention_prep,
-}
+TILES: dict[str, Rule] = {"linear": linear, "absorb": absorb, "attention_prep": attention_prep}

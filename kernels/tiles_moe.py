@@ -24,8 +24,10 @@ WIDE = Tile(block_m=64, block_n=128, block_k=128, num_warps=8, num_stages=3)
 PREFILL = Tile(block_m=128, block_n=128, block_k=128, num_warps=8, num_stages=3)
 MLP_TILES = (DECODE, DECODE_UNEVEN, SOME, SOME_UNEVEN, MEDIUM, WIDE, PREFILL)
 
-FP8_GATE_UP = Tile(64, 256, 128, num_warps=8, num_stages=4)
-FP8_DOWN = Tile(64, 256, 128, num_warps=8, num_stages=4)
+FP8_MLP = (  # with FP8 activations: gate_up, down
+    (Tile(64, 256, 128, num_warps=8, num_stages=4), Tile(64, 256, 128, num_warps=8, num_stages=4)),
+    (Tile(128, 256, 128, num_warps=16, num_stages=4), Tile(128, 256, 128, num_warps=16)),
+)
 
 
 def _by_tokens_an_expert(m: int, experts: int, top_k: int, columns: int) -> Tile:
@@ -56,12 +58,12 @@ def moe_down(m: int, dims: tuple[int, ...]) -> Tile:
 
 def moe_gate_up_fp8(m: int, dims: tuple[int, ...]) -> Tile:
     """dims (experts, top_k)."""
-    return FP8_GATE_UP
+    return FP8_MLP[m * dims[1] / dims[0] > 96][0]
 
 
 def moe_down_fp8(m: int, dims: tuple[int, ...]) -> Tile:
     """dims as moe_gate_up_fp8's."""
-    return FP8_DOWN
+    return FP8_MLP[m * dims[1] / dims[0] > 96][1]
 
 
 TILES: dict[str, Rule] = {

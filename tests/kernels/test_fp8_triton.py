@@ -21,7 +21,7 @@ from minidsv.kernels.quant import Activations
 
 pytestmark = [] if is_interpreted() else [pytest.mark.gpu]
 KINDS: tuple[Activations, ...] = ("fp8", "fp8_ue8m0")
-LIMIT = 1e-5 if is_interpreted() else 5e-3  # of h's roundings, some fall to the other side
+LIMIT = 1e-5 if is_interpreted() else 1e-2  # of h's roundings, some fall to the other side
 # tokens, experts, top_k, hidden, inner, inner of the shared expert (0: none)
 CASES = [(5, 3, 2, 256, 128, 128), (70, 2, 1, 128, 128, 0)]
 if not is_interpreted():
@@ -126,4 +126,4 @@ def check(results: list[Tensor], want: Tensor, unquantised: Tensor) -> None:
         assert torch.equal(got, results[0])
     if want.numel():
         assert relative_l2(results[0], want) < LIMIT
-        assert relative_l2(results[0], unquantised) > 1e-2
+        assert relative_l2(results[0], unquantised) > 2e-2
