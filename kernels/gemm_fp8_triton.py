@@ -35,8 +35,8 @@ def grouped(program, token_tiles, row_tiles, GROUP: tl.constexpr):
 
 @triton.jit
 def _add_scaled(total, sums, scale, AT_ONCE: tl.constexpr):
-    """total + sums * scale[:, None]; AT_ONCE: before the next product is begun, not when the compiler
-    likes, which may need more registers than there are."""
+    """total + sums * scale[:, None]; AT_ONCE: before the next product is begun, not when the
+    compiler likes, which may need more registers than there are."""
     if AT_ONCE:
         return tl.inline_asm_elementwise(
             "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f",
