@@ -33,8 +33,9 @@ class Tiles:
 
 LONG_SUM = Tile(1, 4, 2048, num_stages=1)
 BF16_SUM = Tile(1, 8, 1024, num_stages=1)
-LAST = Tile(128, 128, 128, num_warps=8)
-BF16_SOME = Tile(64, 64, 128, num_warps=8)
+LAST = Tile(128, 128, 64, num_warps=8, num_stages=4)  # two programs fit a processor
+BF16_SOME = Tile(64, 64, 64, num_stages=6)
+BF16_LAST = Tile(128, 128, 64, num_warps=8)
 FP8_FEW_LONG = Tiles(
     LONG_SUM,
     (Tile(8, 16, 512, split=2),),
@@ -67,10 +68,14 @@ FP8_MANY_SHORT = Tiles(
 BF16_FEW_LONG = Tiles(
     LONG_SUM,
     (Tile(8, 16, 512, split=7), Tile(16, 16, 256, split=14, num_warps=2)),
-    (replace(BF16_SOME, split=14), LAST),
+    (replace(BF16_SOME, split=14), BF16_LAST),
 )
 BF16_FEW_SHORT = Tiles(LONG_SUM, (Tile(8, 16, 512), Tile(16, 16, 256, num_warps=2)), (BF16_SOME,))
-BF16_MANY = Tiles(BF16_SUM, (Tile(8, 64, 512), Tile(16, 32, 512)), (BF16_SOME, LAST))
+BF16_MANY = Tiles(
+    BF16_SUM,
+    (Tile(8, 64, 512), Tile(16, 32, 512)),
+    (Tile(32, 128, 64, num_stages=5), Tile(64, 128, 64, num_warps=8, num_stages=4), BF16_LAST),
+)
 LINEAR = {  # by bytes of a weight; few rows, many rows; long sums, short sums
     1: ((FP8_FEW_LONG, FP8_FEW_SHORT), (FP8_MANY_LONG, FP8_MANY_SHORT)),
     2: ((BF16_FEW_LONG, BF16_FEW_SHORT), (BF16_MANY, BF16_MANY)),

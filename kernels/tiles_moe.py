@@ -21,7 +21,7 @@ SOME = Tile(block_m=16, block_n=32, block_k=256, num_warps=2, num_stages=3)
 SOME_UNEVEN = Tile(block_m=16, block_n=64, block_k=128, num_warps=4, num_stages=3)
 MEDIUM = Tile(block_m=32, block_n=128, block_k=128, num_warps=4, num_stages=4)
 WIDE = Tile(block_m=64, block_n=128, block_k=128, num_warps=8, num_stages=3)
-PREFILL = Tile(block_m=128, block_n=128, block_k=128, num_warps=8, num_stages=3)
+PREFILL = Tile(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=4)
 MLP_TILES = (DECODE, DECODE_UNEVEN, SOME, SOME_UNEVEN, MEDIUM, WIDE, PREFILL)
 
 
