@@ -3,13 +3,14 @@
     narrow   up to 16 tokens or so: each warp sums its own 128 columns of a [BLOCK_N, KS * 128] tile
              (a batched dot), so that few rows a program suffice to fill the device; the warps'
              sums are added at the end
-    wide     more tokens: tiles of [BLOCK_N, BLOCK_M] outputs; 128 columns a step, as two halves, so
-             that fewer converted weights lie in registers and more programs fit a processor
+    wide     more tokens: tiles of [BLOCK_N, BLOCK_M] outputs, 64 columns at once, so that few
+             converted weights lie in registers and more programs fit a processor
 
 Program (., ., part) sums the `span` columns of its part; where there are several, outputs are
 fp32 [parts, m, n], which parts_triton adds up. FP8 weights become bf16 exactly, by integer
-arithmetic, and each 128 columns' sum is scaled in fp32. In prefetch mode the first tiles of a
-program's weights are drawn into L2 before the wait.
+arithmetic. The narrow kernel scales each 128 columns' sum in fp32; the wide one has registers for
+one sum alone, which it counts in the scale of the columns that come next. In prefetch mode the
+first tiles of a program's weights are drawn into L2 before the wait.
 """
 
 from dataclasses import replace

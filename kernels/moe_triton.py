@@ -2,9 +2,10 @@
 
 Both multiply weight rows [ROWS, K] with tokens [K, BT], so that the weights are the tensor cores'
 M side and few tokens waste little. A launch holds the shared expert's programs first (of a dense
-layer: all), then the routed experts' by the plan of `moe_plan_triton`. FP8 weights become bf16
-(exact), and each 128 of K is scaled in fp32; the shared expert's weights are the only ones known
-before the wait. Tiles of one token are `moe_lone_triton`'s.
+layer: all), then the routed experts' by the plan of `moe_plan_triton`; the last of an expert's
+tiles of many tokens takes a smaller form if it holds few. FP8 weights become bf16 (exact); the
+shared expert's weights are the only ones known before the wait. Tiles of one token are
+`moe_lone_triton`'s.
 """
 
 import itertools
