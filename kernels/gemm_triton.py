@@ -240,7 +240,7 @@ def _spec(size: int, narrow: bool) -> KernelSpec:
     def own(tile: Tile) -> Arguments:
         return {"m": "i32", "x_stride": "i32:16", "span": "i32:16", **n, **sizes(tile)}
 
-    rows = launch_rows(size, lambda t: t.narrow if narrow else t.wide, own, normed=False)
+    rows = launch_rows(size, lambda t: t.narrow if narrow else t.wide + t.huge, own, normed=False)
     if not narrow:
         few = wide_sizes(BF16_SOME).items() | {("w0", "*bf16:16"), ("o0", "*fp32:16")}
         gates = [row for row in rows if few <= row.arguments.items()]

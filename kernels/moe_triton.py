@@ -8,7 +8,6 @@ shared expert's weights are the only ones known before the wait. Tiles of one to
 `moe_lone_triton`'s.
 """
 
-import itertools
 from typing import Any
 
 import torch
@@ -179,8 +178,9 @@ def _rows(**more: str | int | float) -> tuple[Row, ...]:
         "h": "*bf16:16", "shared_h": "*bf16:16", "EVEN": 1, **more,
     }  # fmt: skip
     return tuple(
-        Row(types | pointees(fp8) | _sizes(tile), tile.num_warps, tile.num_stages)
-        for fp8, tile in itertools.product((True, False), MLP_TILES)
+        Row(types | pointees(size == 1) | _sizes(tile), tile.num_warps, tile.num_stages)
+        for size in (1, 2)
+        for tile in MLP_TILES[size]
     )
 
 
