@@ -1,7 +1,8 @@
 """Triton kernel under `absorb_q` and `absorb_v`: one small GEMM a head, y^T = w x^T.
 
-One program computes BLOCK_N outputs of one head for BLOCK_M tokens. Its first BLOCK_K columns of
-weights, which for few tokens are all of them, are loaded before the wait.
+One program computes BLOCK_N outputs of one head for BLOCK_M tokens. Of few tokens its first BLOCK_K
+columns of weights, most often all of them, are loaded before the wait; of many tokens, all columns
+go through one pipeline, in less shared memory.
 """
 
 import torch
@@ -14,6 +15,8 @@ from minidsv.kernels.launch import KernelSpec, Row, pdl_begin, pdl_end
 from minidsv.kernels.launch_config import launch_config
 from minidsv.kernels.pdl import PdlMode
 from minidsv.kernels.tile import Tile
+
+MANY = tl.constexpr(64)  # tokens
 
 
 @triton.jit
@@ -48,22 +51,53 @@ def multiply_block(
     tl.store(out + at, y, mask=(tokens < m) & (tl.trans(rows) < n))
 
 
+@triton.jit
+def _multiply_many(
+    w, x, out, block, token, m, n, k_size, x_token, out_token, w_row, w_column,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """`multiply_block` from the first column on, y = x w^T."""
+    rows = (block * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
+    t = tl.arange(0, BLOCK_M)[:, None]
+    k = tl.arange(0, BLOCK_K)[None, :]
+    w += rows * w_row + k * w_column
+    x += token.to(tl.int64) * x_token + tl.minimum(t, m - 1 - token) * x_token + k
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k0 in range(0, k_size, BLOCK_K):
+        tile = tl.load(w + k0 * w_column, mask=(rows < n) & (k < k_size - k0), other=0.0)
+        values = tl.load(x + k0, mask=k < k_size - k0, other=0.0)
+        total = tl.dot(values, tl.trans(tile), total)
+    out += token.to(tl.int64) * out_token
+    mask = (t < m - token) & (tl.trans(rows) < n)
+    tl.store(out + t * out_token + tl.trans(rows), total.to(out.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=("m",))
 def _absorb_kernel(
     x, w, out, m, n, k_size, x_token, x_head, w_head, w_row, w_column,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     block, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    token, out_token = tl.program_id(2) * BLOCK_M, tl.num_programs(1) * n
     w += head * w_head
-    if PDL == "prefetch":
-        tile = load_weights(w, block, n, k_size, w_row, w_column, BLOCK_N, BLOCK_K)
-    pdl_begin(PDL)
-    if PDL != "prefetch":
-        tile = load_weights(w, block, n, k_size, w_row, w_column, BLOCK_N, BLOCK_K)
-    multiply_block(
-        tile, w, x + head * x_head, out + head * n, block, tl.program_id(2) * BLOCK_M, m, n, k_size,
-        x_token, tl.num_programs(1) * n, w_row, w_column, BLOCK_M, BLOCK_N, BLOCK_K,
-    )  # fmt: skip
+    x += head * x_head
+    out += head * n
+    if BLOCK_M < MANY:
+        if PDL == "prefetch":
+            tile = load_weights(w, block, n, k_size, w_row, w_column, BLOCK_N, BLOCK_K)
+        pdl_begin(PDL)
+        if PDL != "prefetch":
+            tile = load_weights(w, block, n, k_size, w_row, w_column, BLOCK_N, BLOCK_K)
+        multiply_block(
+            tile, w, x, out, block, token, m, n, k_size, x_token, out_token, w_row, w_column,
+            BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+    else:
+        pdl_begin(PDL)
+        _multiply_many(
+            w, x, out, block, token, m, n, k_size, x_token, out_token, w_row, w_column,
+            BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
     pdl_end(PDL)
 
 

@@ -3,13 +3,14 @@
     narrow   up to 16 tokens or so: each warp sums its own 128 columns of a [BLOCK_N, KS * 128] tile
              (a batched dot), so that few rows a program suffice to fill the device; the warps'
              sums are added at the end
-    wide     more tokens: tiles of [BLOCK_N, BLOCK_M] outputs; 128 columns a step, as two halves, so
-             that fewer converted weights lie in registers and more programs fit a processor
+    wide     more tokens: tiles of [BLOCK_N, BLOCK_M] outputs, 64 columns at once, so that few
+             converted weights lie in registers and more programs fit a processor
 
 Program (., ., part) sums the `span` columns of its part; where there are several, outputs are
 fp32 [parts, m, n], which parts_triton adds up. FP8 weights become bf16 exactly, by integer
-arithmetic, and each 128 columns' sum is scaled in fp32. In prefetch mode the first tiles of a
-program's weights are drawn into L2 before the wait.
+arithmetic. The narrow kernel scales each 128 columns' sum in fp32; the wide one has registers for
+one sum alone, which it counts in the scale of the columns that come next. In prefetch mode the
+first tiles of a program's weights are drawn into L2 before the wait.
 """
 
 from dataclasses import replace
@@ -56,6 +57,12 @@ def as_operand(w, x, PAIRS: tl.constexpr):
             "=r,=r,r", [w], dtype=tl.bfloat16, is_pure=True, pack=4,
         )  # fmt: skip
     return w.to(x.dtype)
+
+
+@triton.jit
+def as_unit(scale):
+    """A block's scale as what a sum may be counted in: one below 2^-64 counts as 2^-64."""
+    return tl.where(tl.abs(scale) < 2.0**-64, 2.0**-64, scale)
 
 
 @triton.jit
@@ -144,7 +151,7 @@ def _narrow_kernel(
 @triton.jit
 def _wide(
     w, s, x, row, n, token, m, k_size, x_stride, first, span,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """[BLOCK_M, BLOCK_N] outputs from (token, row) on."""
     FP8: tl.constexpr = w.dtype.element_ty == tl.float8e4nv
@@ -162,28 +169,28 @@ def _wide(
     total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     end = tl.minimum(first + span, k_size)
     if FP8:
-        scale = tl.load(s + first // 128)
-    for k0 in range(first, end, 128):
+        unit = as_unit(tl.load(s + first // 128))
+    for k0 in range(first, end, BLOCK_K):
         if FP8:
-            following = tl.load(s + tl.minimum(k0 + 128, k_size - 1) // 128)
-        sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32) if FP8 else total
-        for half in tl.static_range(2):
+            following = as_unit(tl.load(s + tl.minimum(k0 + BLOCK_K, k_size - 1) // 128))
+        for half in tl.static_range(BLOCK_K // 64):
             at = k0 + half * 64
             tile = tl.load(w + at, mask=k < end - at, other=0.0)
             values = tl.load(x + at, mask=k < end - at, other=0.0)
-            sums = tl.dot(as_operand(tile, values, True), tl.trans(values), sums)
+            total = tl.dot(as_operand(tile, values, True), tl.trans(values), total)
         if FP8:
-            total += sums * scale
-            scale = following
-        else:
-            total = sums
+            total *= unit / following
+            unit = following
+    if FP8:
+        total *= unit
     return tl.trans(total)
 
 
 @triton.jit(do_not_specialize=("m",))
 def _wide_kernel(
     x, w0, w1, w2, w3, s0, s1, s2, s3, o0, o1, o2, o3, n0, n1, n2, n3, m, k_size, x_stride, span,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, OTHER_N: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OTHER_N: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     MIXED: tl.constexpr = w0.dtype != w3.dtype
     slot, n, row = locate(tl.program_id(1), w0, w1, w2, w3, n0, n1, n2, n3, BLOCK_N, OTHER_N)
@@ -197,12 +204,16 @@ def _wide_kernel(
     pdl_begin(PDL)
     token = tl.program_id(0) * BLOCK_M
     if main:
-        y = _wide(w, s, x, row, n, token, m, k_size, x_stride, first, span, BLOCK_M, BLOCK_N)
+        y = _wide(
+            w, s, x, row, n, token, m, k_size, x_stride, first, span, BLOCK_M, BLOCK_N, BLOCK_K
+        )
         at, mask = _outputs(part, row, n, token, m, BLOCK_M, BLOCK_N)
         store(slot, o0, o1, o2, o3, at, y, mask)
     elif MIXED:
         v, t = select(slot, w0, w1, w2, w3, w3), select(slot, s0, s1, s2, s3, s3)
-        z = _wide(v, t, x, row, n, token, m, k_size, x_stride, first, span, BLOCK_M, OTHER_N)
+        z = _wide(
+            v, t, x, row, n, token, m, k_size, x_stride, first, span, BLOCK_M, OTHER_N, BLOCK_K
+        )
         z_at, z_mask = _outputs(part, row, n, token, m, BLOCK_M, OTHER_N)
         store(slot, o0, o1, o2, o3, z_at, z, z_mask)
     pdl_end(PDL)
@@ -216,7 +227,8 @@ def narrow_sizes(tile: Tile) -> dict[str, int]:
 
 def wide_sizes(tile: Tile) -> dict[str, int]:
     """The wide kernel's constants; rows of a second type, wider, come as a warpgroup takes them."""
-    return {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "OTHER_N": 64}
+    sizes = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "OTHER_N": 64}
+    return {**sizes, "BLOCK_K": tile.block_k}
 
 
 def _spec(size: int, narrow: bool) -> KernelSpec:
@@ -228,7 +240,7 @@ def _spec(size: int, narrow: bool) -> KernelSpec:
     def own(tile: Tile) -> Arguments:
         return {"m": "i32", "x_stride": "i32:16", "span": "i32:16", **n, **sizes(tile)}
 
-    rows = launch_rows(size, lambda t: t.narrow if narrow else t.wide, own, normed=False)
+    rows = launch_rows(size, lambda t: t.narrow if narrow else t.wide + t.huge, own, normed=False)
     if not narrow:
         few = wide_sizes(BF16_SOME).items() | {("w0", "*bf16:16"), ("o0", "*fp32:16")}
         gates = [row for row in rows if few <= row.arguments.items()]

@@ -2,12 +2,12 @@
 
 Both multiply weight rows [ROWS, K] with tokens [K, BT], so that the weights are the tensor cores'
 M side and few tokens waste little. A launch holds the shared expert's programs first (of a dense
-layer: all), then the routed experts' by the plan of `moe_plan_triton`. FP8 weights become bf16
-(exact), and each 128 of K is scaled in fp32; the shared expert's weights are the only ones known
-before the wait. Tiles of one token are `moe_lone_triton`'s.
+layer: all), then the routed experts' by the plan of `moe_plan_triton`; the last of an expert's
+tiles of many tokens takes a smaller form if it holds few. FP8 weights become bf16 (exact); the
+shared expert's weights are the only ones known before the wait. Tiles of one token are
+`moe_lone_triton`'s.
 """
 
-import itertools
 from typing import Any
 
 import torch
@@ -16,53 +16,15 @@ import triton.language as tl
 from torch import Tensor
 from triton import cdiv
 
-from minidsv.kernels.gemm_triton import as_operand
 from minidsv.kernels.launch import KernelSpec, Row, pdl_begin, pdl_end
 from minidsv.kernels.launch_config import launch_config
 from minidsv.kernels.moe_lone_triton import lone
 from minidsv.kernels.moe_plan_triton import combine, prepare
+from minidsv.kernels.moe_product_triton import product
 from minidsv.kernels.moe_weights_triton import Weights, arguments, pointees, prefetch, rounded
 from minidsv.kernels.pdl import PdlMode
 from minidsv.kernels.tile import Tile
 from minidsv.kernels.tiles_moe import MLP_TILES
-
-
-@triton.jit
-def _product(
-    w, x, valid, low, high, size, ROWS: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
-    EVEN: tl.constexpr,
-):  # fmt: skip
-    """w [ROWS] and x [BT] point to rows of `size` -> fp32 [ROWS, BT]; only `valid` x are read.
-
-    FP8: `low` and `high` point to the block scales of the first and the second half of the rows.
-    """
-    k = tl.arange(0, 128)  # columns of a scale
-    acc = tl.zeros((ROWS, BT), dtype=tl.float32)
-    is_low = tl.arange(0, ROWS) < ROWS // 2
-    fp8: tl.constexpr = w.dtype.scalar.element_ty == tl.float8e4nv
-    if fp8:
-        scale_low, scale_high = tl.load(low), tl.load(high)
-        last = (size - 1) // 128
-    for start in range(0, size, BK):
-        for part in tl.static_range(0, BK, 128):
-            at = start + part
-            if EVEN:
-                weight = tl.load(w[:, None] + (at + k)[None, :])
-                token = tl.load(x[:, None] + (at + k)[None, :], mask=valid[:, None], other=0.0)
-            else:
-                inside = (at + k < size)[None, :]
-                weight = tl.load(w[:, None] + (at + k)[None, :], mask=inside, other=0.0)
-                inside &= valid[:, None]
-                token = tl.load(x[:, None] + (at + k)[None, :], mask=inside, other=0.0)
-            if fp8:
-                scale = tl.where(is_low, scale_low, scale_high)
-                following = tl.minimum((at + 128) // 128, last)
-                scale_low, scale_high = tl.load(low + following), tl.load(high + following)
-                operand = as_operand(weight, token, ROWS >= 64)
-                acc += tl.dot(operand, tl.trans(token)) * scale[:, None]
-            else:
-                acc = tl.dot(weight, tl.trans(token), acc)
-    return acc
 
 
 @triton.jit
@@ -83,19 +45,46 @@ def _share(
     return block, expert, begin, tl.where(is_shared, tokens, end)
 
 
+@triton.jit
+def _gate_up(
+    x, h, order, w, scale, scales, block, begin, end, is_shared, top_k, hidden, width,
+    BF16: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Of one expert; its scales of gate and, `scales` behind them, of up."""
+    half: tl.constexpr = ROWS // 2  # of gate, and as many of up
+    r, c = tl.arange(0, ROWS), tl.arange(0, half)
+    t = tl.arange(0, BT)
+    slot = tl.minimum(begin + t, end - 1)
+    chosen = tl.load(order + slot, mask=slot < tl.where(is_shared, 0, end), other=0) // top_k
+    row = tl.where(is_shared, slot, chosen)
+    line = tl.minimum(block * half + r % half, width - 1) + r // half * width
+    scale += block * half // 128 * tl.cdiv(hidden, 128)
+    acc = product(
+        w + line * hidden, x + row.to(tl.int64) * hidden, t < end - begin, scale, scale + scales,
+        hidden, ROWS, BT, BK, EVEN,
+    )  # fmt: skip
+    gate, up = tl.split(tl.permute(tl.reshape(acc, (2, half, BT)), (2, 1, 0)))  # [BT, half]
+    gate, up = rounded(gate, BF16), rounded(up, BF16)
+    value = rounded(gate / (1.0 + tl.exp(-gate)) * up, BF16)
+    column = block * half + c
+    h += begin.to(tl.int64) * width
+    mask = (t < end - begin)[:, None] & (column < width)[None, :]
+    tl.store(h + t[:, None] * width + column[None, :], value.to(h.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=("tokens", "top_k", "shared_programs"))
 def _gate_up_kernel(
     x, h, shared_h, plan, order, weight, scale, shared_weight, shared_scale,
     tokens, top_k, hidden, inner, shared_inner, shared_programs,
     BF16: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr,
-    BT: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
+    BT: tl.constexpr, FEW: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    half: tl.constexpr = ROWS // 2  # of gate, and as many of up
-    r, t, c = tl.arange(0, ROWS), tl.arange(0, BT), tl.arange(0, half)
+    half: tl.constexpr = ROWS // 2
     program = tl.program_id(0)
     is_shared = program < shared_programs
     shared_blocks = tl.cdiv(shared_inner, half)
     if PDL == "prefetch":
+        r = tl.arange(0, ROWS)
         line = tl.minimum(program % shared_blocks * half + r % half, shared_inner - 1)
         line += r // half * shared_inner
         prefetch(shared_weight + line * hidden, hidden, is_shared.to(tl.int32), 2)
@@ -103,74 +92,81 @@ def _gate_up_kernel(
     block, expert, begin, end = _share(
         is_shared, program, shared_programs, shared_blocks, tl.cdiv(inner, half), plan, tokens, BT
     )  # fmt: skip
+    width = tl.where(is_shared, shared_inner, inner)
+    w = tl.where(is_shared, shared_weight, weight + expert * 2 * inner * hidden)
+    blocks = tl.cdiv(width, 128) * tl.cdiv(hidden, 128)
+    s = tl.where(is_shared, shared_scale, scale + expert * 2 * blocks)
+    out = tl.where(is_shared, shared_h, h)
     if begin < end:
-        at = begin + t
-        slot = tl.minimum(at, end - 1)
-        listed = tl.where(is_shared, 0, end)
-        chosen = tl.load(order + slot, mask=slot < listed, other=0) // top_k
-        row = tl.where(is_shared, slot, chosen)
-        width = tl.where(is_shared, shared_inner, inner)
-        w = tl.where(is_shared, shared_weight, weight + expert * 2 * inner * hidden)
-        blocks = tl.cdiv(width, 128) * tl.cdiv(hidden, 128)
-        routed_scale = scale + expert * 2 * blocks
-        gate_scale = tl.where(is_shared, shared_scale, routed_scale)
-        gate_scale += block * half // 128 * tl.cdiv(hidden, 128)
-        line = tl.minimum(block * half + r % half, width - 1) + r // half * width
-        acc = _product(
-            w + line * hidden, x + row.to(tl.int64) * hidden, at < end,
-            gate_scale, gate_scale + blocks, hidden, ROWS, BT, BK, EVEN,
-        )  # fmt: skip
-        gate, up = tl.split(tl.permute(tl.reshape(acc, (2, half, BT)), (2, 1, 0)))  # [BT, half]
-        gate, up = rounded(gate, BF16), rounded(up, BF16)
-        value = rounded(gate / (1.0 + tl.exp(-gate)) * up, BF16)
-        column = block * half + c
-        tl.store(
-            tl.where(is_shared, shared_h, h) + at.to(tl.int64)[:, None] * width + column[None, :],
-            value.to(h.dtype.element_ty),
-            mask=(at < end)[:, None] & (column < width)[None, :],
-        )
+        if end - begin > FEW:
+            _gate_up(
+                x, out, order, w, s, blocks, block, begin, end, is_shared, top_k, hidden, width,
+                BF16, EVEN, ROWS, BT, BK,
+            )  # fmt: skip
+        elif FEW > 0:
+            _gate_up(
+                x, out, order, w, s, blocks, block, begin, end, is_shared, top_k, hidden, width,
+                BF16, EVEN, ROWS, FEW, BK,
+            )  # fmt: skip
     pdl_end(PDL)
+
+
+@triton.jit
+def _down(
+    h, y, order, w, scale, block, begin, end, is_shared, slots, hidden, width,
+    EVEN: tl.constexpr, ROWS: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Of one expert."""
+    at = begin + tl.arange(0, BT)
+    row = tl.minimum(at, end - 1)
+    listed = tl.where(is_shared, 0, end)
+    chosen = tl.load(order + row, mask=row < listed, other=0)
+    slot = tl.where(is_shared, slots + row, chosen)
+    column = block * ROWS + tl.arange(0, ROWS)
+    line = tl.minimum(column, hidden - 1)
+    scale += block * ROWS // 128 * tl.cdiv(width, 128)
+    source = h + row.to(tl.int64) * width
+    acc = product(w + line * width, source, at < end, scale, scale, width, ROWS, BT, BK, EVEN)
+    tl.store(
+        y + slot.to(tl.int64)[:, None] * hidden + column[None, :],
+        tl.trans(acc).to(y.dtype.element_ty),
+        mask=(at < end)[:, None] & (column < hidden)[None, :],
+    )
 
 
 @triton.jit(do_not_specialize=("tokens", "slots", "shared_programs"))
 def _down_kernel(
     h, shared_h, y, plan, order, weight, scale, shared_weight, shared_scale,
     tokens, slots, hidden, inner, shared_inner, shared_programs,
-    EVEN: tl.constexpr, ROWS: tl.constexpr, BT: tl.constexpr,
+    EVEN: tl.constexpr, ROWS: tl.constexpr, BT: tl.constexpr, FEW: tl.constexpr,
     BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    r, t = tl.arange(0, ROWS), tl.arange(0, BT)
     program = tl.program_id(0)
     blocks = tl.cdiv(hidden, ROWS)
     is_shared = program < shared_programs
     if PDL == "prefetch":
-        line = tl.minimum(program % blocks * ROWS + r, hidden - 1)
+        line = tl.minimum(program % blocks * ROWS + tl.arange(0, ROWS), hidden - 1)
         prefetch(shared_weight + line * shared_inner, shared_inner, is_shared.to(tl.int32), 2)
     pdl_begin(PDL)
     block, expert, begin, end = _share(
         is_shared, program, shared_programs, blocks, blocks, plan, tokens, BT
     )
+    width = tl.where(is_shared, shared_inner, inner)
+    w = tl.where(is_shared, shared_weight, weight + expert * hidden * inner)
+    s = scale + expert * tl.cdiv(hidden, 128) * tl.cdiv(inner, 128)
+    s = tl.where(is_shared, shared_scale, s)
+    source = tl.where(is_shared, shared_h, h)
     if begin < end:
-        at = begin + t
-        row = tl.minimum(at, end - 1)
-        listed = tl.where(is_shared, 0, end)
-        chosen = tl.load(order + row, mask=row < listed, other=0)
-        slot = tl.where(is_shared, slots + row, chosen)
-        width = tl.where(is_shared, shared_inner, inner)
-        w = tl.where(is_shared, shared_weight, weight + expert * hidden * inner)
-        routed_scale = scale + expert * tl.cdiv(hidden, 128) * tl.cdiv(inner, 128)
-        s = tl.where(is_shared, shared_scale, routed_scale) + block * ROWS // 128 * tl.cdiv(
-            width, 128
-        )
-        line = tl.minimum(block * ROWS + r, hidden - 1)
-        source = tl.where(is_shared, shared_h, h) + row.to(tl.int64) * width
-        acc = _product(w + line * width, source, at < end, s, s, width, ROWS, BT, BK, EVEN)
-        column = block * ROWS + r
-        tl.store(
-            y + slot.to(tl.int64)[:, None] * hidden + column[None, :],
-            tl.trans(acc).to(y.dtype.element_ty),
-            mask=(at < end)[:, None] & (column < hidden)[None, :],
-        )
+        if end - begin > FEW:
+            _down(
+                source, y, order, w, s, block, begin, end, is_shared, slots, hidden, width,
+                EVEN, ROWS, BT, BK,
+            )  # fmt: skip
+        elif FEW > 0:
+            _down(
+                source, y, order, w, s, block, begin, end, is_shared, slots, hidden, width,
+                EVEN, ROWS, FEW, BK,
+            )  # fmt: skip
     pdl_end(PDL)
 
 
@@ -182,13 +178,16 @@ def _rows(**more: str | int | float) -> tuple[Row, ...]:
         "h": "*bf16:16", "shared_h": "*bf16:16", "EVEN": 1, **more,
     }  # fmt: skip
     return tuple(
-        Row(types | pointees(fp8) | _sizes(tile), tile.num_warps, tile.num_stages)
-        for fp8, tile in itertools.product((True, False), MLP_TILES)
+        Row(types | pointees(size == 1) | _sizes(tile), tile.num_warps, tile.num_stages)
+        for size in (1, 2)
+        for tile in MLP_TILES[size]
     )
 
 
 def _sizes(tile: Tile) -> dict[str, int]:
-    return {"ROWS": tile.block_n, "BT": tile.block_m, "BK": tile.block_k}
+    """A tile of many tokens has a second form for a quarter of them, and fewer."""
+    few = tile.block_m // 4 if tile.block_m >= 64 else 0
+    return {"ROWS": tile.block_n, "BT": tile.block_m, "FEW": few, "BK": tile.block_k}
 
 
 GATE_UP = KernelSpec(

@@ -14,6 +14,7 @@ from minidsv.kernels.tile import Rule, Tile
 MAX_PARTS = 16  # of a sum
 FEW_ROWS = 4096  # fewer than these make too few programs in the tiles for many
 SHORT = 2048  # columns of a sum that is not shared out
+HUGE_TOKENS = 512  # fewer make too few programs in the widest tiles
 NORMED_TOKENS = 1  # each program would read the residual of more tokens, and the update, from L2
 
 
@@ -24,45 +25,52 @@ class Tiles:
     gemv: Tile
     narrow: tuple[Tile, ...]  # rising block_m
     wide: tuple[Tile, ...]
+    huge: tuple[Tile, ...] = ()  # one, or none
 
     def for_tokens(self, m: int) -> Tile:
-        """The first that holds m tokens; else the last."""
+        """The first that holds m tokens; else the last, or from HUGE_TOKENS on the huge one."""
+        if self.huge and m >= HUGE_TOKENS:
+            return self.huge[0]
         tiles = (self.gemv, *self.narrow, *self.wide)
         return next((tile for tile in tiles if m <= tile.block_m), tiles[-1])
 
 
 LONG_SUM = Tile(1, 4, 2048, num_stages=1)
 BF16_SUM = Tile(1, 8, 1024, num_stages=1)
-LAST = Tile(128, 128, 128, num_warps=8)
-BF16_SOME = Tile(64, 64, 128, num_warps=8)
+LAST = Tile(128, 128, 64, num_warps=8)  # two programs fit a processor
+HUGE = Tile(256, 128, 64, num_warps=8, num_stages=4)
+FEW_LAST = Tile(128, 64, 128, num_stages=2)
+BF16_SOME = Tile(64, 64, 64, num_stages=6)
 FP8_FEW_LONG = Tiles(
     LONG_SUM,
     (Tile(8, 16, 512, split=2),),
     (
         Tile(16, 64, 128, split=7, num_stages=4),
-        Tile(32, 64, 128, split=7, num_stages=4),
+        Tile(32, 64, 128, split=14),
         Tile(64, 64, 128, split=7),
-        LAST,
+        FEW_LAST,
     ),
 )
 FP8_FEW_SHORT = Tiles(
     LONG_SUM,
     (Tile(8, 16, 512, num_stages=4),),
-    (Tile(16, 64, 128, num_stages=4), Tile(64, 64, 128), LAST),
+    (Tile(16, 64, 128, num_stages=4), Tile(64, 64, 128), FEW_LAST),
 )
 FP8_MANY_LONG = Tiles(
     LONG_SUM,
     (Tile(8, 16, 512, num_stages=4), Tile(16, 32, 256, split=2, num_warps=2, num_stages=4)),
     (
         Tile(32, 64, 128, split=7, num_stages=4),
-        Tile(64, 128, 128, split=4, num_warps=8),
+        Tile(64, 128, 128, split=7, num_warps=8, num_stages=2),
         LAST,
     ),
+    (HUGE,),
 )
 FP8_MANY_SHORT = Tiles(
     Tile(1, 8, 512, num_warps=2, num_stages=1),
     (Tile(8, 32, 256, num_warps=2, num_stages=4), Tile(16, 32, 256, num_warps=2, num_stages=4)),
-    (Tile(32, 64, 128, num_stages=4), Tile(64, 128, 128, num_warps=8), LAST),
+    (Tile(32, 128, 64, num_stages=4), Tile(64, 128, 64), LAST),
+    (HUGE,),
 )
 BF16_FEW_LONG = Tiles(
     LONG_SUM,
@@ -70,7 +78,16 @@ BF16_FEW_LONG = Tiles(
     (replace(BF16_SOME, split=14), LAST),
 )
 BF16_FEW_SHORT = Tiles(LONG_SUM, (Tile(8, 16, 512), Tile(16, 16, 256, num_warps=2)), (BF16_SOME,))
-BF16_MANY = Tiles(BF16_SUM, (Tile(8, 64, 512), Tile(16, 32, 512)), (BF16_SOME, LAST))
+BF16_MANY = Tiles(
+    BF16_SUM,
+    (Tile(8, 32, 256, num_warps=2, num_stages=4),),
+    (
+        Tile(16, 64, 128, num_stages=4),
+        Tile(32, 64, 128, num_stages=4),
+        Tile(64, 128, 64, num_stages=4),
+        LAST,
+    ),
+)
 LINEAR = {  # by bytes of a weight; few rows, many rows; long sums, short sums
     1: ((FP8_FEW_LONG, FP8_FEW_SHORT), (FP8_MANY_LONG, FP8_MANY_SHORT)),
     2: ((BF16_FEW_LONG, BF16_FEW_SHORT), (BF16_MANY, BF16_MANY)),
@@ -79,7 +96,7 @@ FP8_LINEAR = Tile(64, 128, 128)  # with FP8 activations
 TOKEN_TILES = 16  # that programs which run together share, there
 ABSORB_SHORT = Tile(16, 128, 128, num_stages=1)  # heads that sum over at most 256 columns
 ABSORB_LONG = Tile(16, 32, 512, num_stages=1)
-ABSORB_MANY = (Tile(64, 128, 64), Tile(128, 128, 64, num_warps=8))
+ABSORB_MANY = (Tile(64, 128, 64), Tile(128, 128, 64, num_warps=8))  # in one pipeline
 PREPARE = (ABSORB_SHORT, Tile(64, 128, 64, num_stages=2))
 PREPARED_TOKENS = PREPARE[-1].block_m  # most that attention_prep takes in one launch
 

@@ -19,10 +19,19 @@ DECODE = Tile(block_m=8, block_n=32, block_k=256, num_warps=2, num_stages=3)
 DECODE_UNEVEN = Tile(block_m=8, block_n=32, block_k=128, num_warps=2, num_stages=6)
 SOME = Tile(block_m=16, block_n=32, block_k=256, num_warps=2, num_stages=3)
 SOME_UNEVEN = Tile(block_m=16, block_n=64, block_k=128, num_warps=4, num_stages=3)
-MEDIUM = Tile(block_m=32, block_n=128, block_k=128, num_warps=4, num_stages=4)
-WIDE = Tile(block_m=64, block_n=128, block_k=128, num_warps=8, num_stages=3)
-PREFILL = Tile(block_m=128, block_n=128, block_k=128, num_warps=8, num_stages=3)
-MLP_TILES = (DECODE, DECODE_UNEVEN, SOME, SOME_UNEVEN, MEDIUM, WIDE, PREFILL)
+MEDIUM = {  # by bytes of a weight
+    1: Tile(block_m=32, block_n=128, block_k=128, num_warps=4, num_stages=2),
+    2: Tile(block_m=32, block_n=128, block_k=64, num_warps=4, num_stages=4),
+}
+WIDE = {
+    1: Tile(block_m=64, block_n=128, block_k=128, num_warps=4, num_stages=2),
+    2: Tile(block_m=64, block_n=128, block_k=64, num_warps=4, num_stages=3),
+}
+PREFILL = Tile(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3)
+MLP_TILES = {
+    size: (DECODE, DECODE_UNEVEN, SOME, SOME_UNEVEN, MEDIUM[size], WIDE[size], PREFILL)
+    for size in (1, 2)
+}
 
 FP8_MLP = (  # with FP8 activations: gate_up, down
     (Tile(64, 256, 128, num_warps=8, num_stages=4), Tile(64, 256, 128, num_warps=8, num_stages=4)),
@@ -30,22 +39,22 @@ FP8_MLP = (  # with FP8 activations: gate_up, down
 )
 
 
-def _by_tokens_an_expert(m: int, experts: int, top_k: int, columns: int) -> Tile:
+def _by_tokens_an_expert(m: int, experts: int, top_k: int, columns: int, size: int) -> Tile:
     """A tile that the tokens of most experts fill once, so that weights are read once."""
     expected = m * top_k / experts
     most = (8, 16, 32, 80) if experts == 1 else (4, 12, 24, 80)
     even = columns % DECODE.block_k == 0
     few = (DECODE, SOME) if even else (DECODE_UNEVEN, SOME_UNEVEN)
-    tiles = zip(most, (*few, MEDIUM, WIDE), strict=True)
+    tiles = zip(most, (*few, MEDIUM[size], WIDE[size]), strict=True)
     return next((tile for limit, tile in tiles if expected <= limit), PREFILL)
 
 
 def moe_gate_up(m: int, dims: tuple[int, ...]) -> Tile:
     """dims (experts, top_k, hidden, inner, bytes of a weight); block_m 1: moe_lone_triton's."""
-    experts, top_k, hidden = dims[:3]
+    experts, top_k, hidden, _, size = dims
     if m == 1:
         return LONE_GATE_UP
-    return _by_tokens_an_expert(m, experts, top_k, hidden)
+    return _by_tokens_an_expert(m, experts, top_k, hidden, size)
 
 
 def moe_down(m: int, dims: tuple[int, ...]) -> Tile:
@@ -53,7 +62,7 @@ def moe_down(m: int, dims: tuple[int, ...]) -> Tile:
     experts, top_k, _, inner, size = dims
     if m == 1:
         return LONE_DOWN[size]
-    return _by_tokens_an_expert(m, experts, top_k, inner)
+    return _by_tokens_an_expert(m, experts, top_k, inner, size)
 
 
 def moe_gate_up_fp8(m: int, dims: tuple[int, ...]) -> Tile:

@@ -4,6 +4,8 @@ Inputs lie among NaNs: x is a column slice, weights end where NaNs begin. In the
 (`test_triton.py`) x is fp32 and only the logic is held.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -21,7 +23,7 @@ from minidsv.kernels.gemm import (
 from minidsv.kernels.norm import PreNorm
 from minidsv.kernels.parts_triton import sum_parts
 from minidsv.kernels.pdl import is_interpreted
-from minidsv.kernels.quant import quantize_fp8_blocks
+from minidsv.kernels.quant import dequantize_fp8_blocks, quantize_fp8_blocks
 
 pytestmark = [] if is_interpreted() else [pytest.mark.gpu]
 DEVICE = "cpu" if is_interpreted() else "cuda"
@@ -195,6 +197,22 @@ def test_every_fp8_code_is_exact() -> None:
             one_hot = x[first : first + tokens]
             y = linear(one_hot, weight.to(DEVICE), torch.ones(2, 1, device=DEVICE), pdl="on")
             assert torch.equal(y.cpu(), weight.float().T[first : first + tokens].to(DTYPE)), tokens
+
+
+def test_scales_far_apart() -> None:
+    """Sums are counted in units that change with every block; a scale may be 0."""
+    scales = torch.tensor([[1.0, 0.0, 1e-12, 3e4, 1e-30, 2.0], [0.0, 0.0, 1e-5, 0.0, 0.0, 1e-9]])
+    for blocks in (scales, scales.flip(1), torch.zeros(2, 6)):
+        for tokens in (1, 8, 64) if is_interpreted() else (1, 8, 16, 32, 64, 128):
+            s = replace(segment(160, 720, "fp8"), scale=blocks.to(DEVICE))
+            x = randn(tokens, 720).to(DTYPE)
+            size = dequantize_fp8_blocks(s.weight, s.scale).norm(dim=1).clamp_min(1e-9)
+            s = replace(s, out_dtype=torch.float32)
+            want = wanted(x, s) / size
+            check(
+                f"{tokens} tokens",
+                lambda mode, x=x, s=s, size=size: [fused_linear(x, (s,), mode)[0] / size], [want],
+            )  # fmt: skip
 
 
 @pytest.mark.skipif(is_interpreted(), reason="1.9 GB")

@@ -19,12 +19,18 @@ DTYPE = torch.float32 if is_interpreted() else torch.bfloat16
 TOLERANCE = "fp32_logits" if is_interpreted() else "bf16"
 SUMS = "fp32_logits" if is_interpreted() else "bf16_terms"
 # tokens, experts, top_k, hidden, inner, inner of the shared expert (0: none)
-CASES = [(1, 4, 2, 128, 128, 128), (3, 4, 2, 160, 96, 32), (21, 3, 1, 128, 64, 0)]
+CASES = [
+    (1, 4, 2, 128, 128, 128),
+    (3, 4, 2, 160, 96, 32),
+    (21, 3, 1, 128, 64, 0),
+    (140, 2, 1, 144, 64, 32),
+    (260, 2, 1, 64, 80, 32),
+]  # a few tokens in a tile of many
 if not is_interpreted():
     CASES = [(0, 8, 2, 256, 128, 128), (1, 8, 2, 256, 128, 128), (1, 256, 8, 7168, 256, 256),
              (2, 8, 2, 256, 128, 0), (3, 64, 6, 2048, 1408, 2816), (33, 8, 2, 256, 128, 128),
              (64, 256, 8, 1024, 256, 256), (700, 64, 6, 512, 128, 256),
-             (600, 8, 2, 256, 128, 128), (150, 8, 2, 256, 384, 128), (17, 16, 4, 272, 144, 80),
+             (1040, 8, 2, 256, 128, 128), (150, 8, 2, 256, 384, 128), (17, 16, 4, 272, 144, 80),
              (2100, 64, 6, 2048, 1408, 2816)]  # fmt: skip
 MLPS = [(1, 128, 64), (19, 96, 160)]
 if not is_interpreted():
