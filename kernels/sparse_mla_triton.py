@@ -4,9 +4,9 @@
 One program of `_sparse_mla_kernel` attends BLOCK_H heads of one token to one split of its slots,
 BLOCK_N rows at a time; one load of a row serves scores and values. Rows and weights are multiplied
 in the query's dtype (f16 for an e4m3 query), in which an e4m3 row without scales is exact; the fp8
-row's values are scaled in fp32 and rounded. Plain rows of the next steps are kept in shared memory;
-8-bit ones are loaded to registers while the tensor cores multiply. Nothing is constant over a
-replay: every access follows the wait.
+row's values times their scales are rounded (bf16: of the scales' first 16 bits). Plain rows of the
+next steps are kept in shared memory; 8-bit ones are loaded to registers while the tensor cores
+multiply. Nothing is constant over a replay: every access follows the wait.
 """
 
 import itertools
@@ -25,6 +25,7 @@ from minidsv.kernels.tile import Tile
 from minidsv.kernels.tiles_attention import NARROW, WIDE
 
 EMPTY = tl.constexpr(-1e30)  # log2 of a sum without terms; finite, so no inf - inf arises
+ROOM = tl.constexpr(2.0**32)  # `_scaled` rows are that much smaller
 
 
 @triton.jit
@@ -60,12 +61,47 @@ def _byte(word, i: tl.constexpr):
 
 
 @triton.jit
+def _by_piece(x):
+    """bf16 [N, G] in both halves of words, each twice: [2 * G, N, 1]."""
+    pair = x.to(tl.uint16, bitcast=True).to(tl.uint32) * 0x10001
+    twice = tl.permute(tl.join(pair, pair), (1, 2, 0))
+    return tl.reshape(twice, (2 * x.shape[1], x.shape[0]))[:, :, None]  # so that it moves nothing
+
+
+@triton.jit
+def _scaled(word, scale):
+    """The bytes of words [C / 64, N, 16] over ROOM, times their scales [N, C / 128], as bf16.
+
+    The bits move as in `gemm_triton.as_operand`, to numbers 2^120 too small. The scale makes up for
+    2^88 of it, so that it may be as large as 2^39; a value times its two parts is rounded once.
+    """
+    scale *= 2.0**88
+    high = scale.to(tl.bfloat16)
+    low = (scale - high.to(tl.float32)).to(tl.bfloat16)
+    return tl.inline_asm_elementwise(
+        """{ .reg .b32 a, b, c, d, z; mov.b32 z, 0x80008000;
+        prmt.b32 a, $4, 0, 0x9180; prmt.b32 b, $4, 0, 0xB3A2;
+        shl.b32 a, a, 4; and.b32 a, a, 0x87F087F0; shl.b32 b, b, 4; and.b32 b, b, 0x87F087F0;
+        fma.rn.bf16x2 c, a, $6, z; fma.rn.bf16x2 d, b, $6, z;
+        fma.rn.bf16x2 a, a, $5, c; fma.rn.bf16x2 b, b, $5, d;
+        mov.b32 {$0, $1}, a; mov.b32 {$2, $3}, b; }""",
+        "=h,=h,=h,=h,r,r,r", [word, _by_piece(high), _by_piece(low)],
+        dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
 def _latents(word, scale, C: tl.constexpr, GROUPED: tl.constexpr, T: tl.constexpr):
-    """Words of e4m3 rows as values of type T [N, C]."""
+    """Words of e4m3 rows as values of type T [N, C]; grouped ones in bf16 over ROOM."""
     N: tl.constexpr = word.shape[1]
-    even, odd = tl.join(_byte(word, 0), _byte(word, 2)), tl.join(_byte(word, 1), _byte(word, 3))
-    k = tl.permute(tl.reshape(tl.join(even, odd), (C // 64, N, 64)), (1, 0, 2))
-    if GROUPED:
+    BITS: tl.constexpr = GROUPED and T.is_bf16()
+    if BITS:
+        b0, b1, b2, b3 = _scaled(word, scale)
+    else:
+        b0, b1, b2, b3 = _byte(word, 0), _byte(word, 1), _byte(word, 2), _byte(word, 3)
+    k = tl.join(tl.join(b0, b2), tl.join(b1, b3))
+    k = tl.permute(tl.reshape(k, (C // 64, N, 64)), (1, 0, 2))
+    if GROUPED and not BITS:
         k = tl.reshape(k, (N, C // 128, 128)).to(tl.float32) * scale[:, :, None]
     return tl.reshape(k.to(T), (N, C))
 
@@ -88,6 +124,14 @@ def _reload(q, scratch, at, mask):
     tl.store(scratch + at, q, mask=mask)
     tl.debug_barrier()
     return tl.load(scratch + at, mask=mask, other=0.0)
+
+
+@triton.jit
+def _in_thread(p):
+    """Of p [H, N], sums that need no other thread: [H, 2, 8] of warpgroup mma, else [H, 1, N]."""
+    H: tl.constexpr = p.shape[0]
+    N: tl.constexpr = p.shape[1]
+    return tl.sum(tl.reshape(p, (H, 2, N // 16, 8)), 2) if H >= 64 else tl.reshape(p, (H, 1, N))
 
 
 @triton.jit
@@ -139,8 +183,10 @@ def _sparse_mla_kernel(
         q = q.to(T)
         if BLOCK_H >= 64:
             q = _reload(q, scratch, h[:, None] * own + c[None, :], real)
+    room: tl.constexpr = ROOM if GROUPED and T.is_bf16() else 1.0
+    latent_factor = factor * room
     top = tl.full([BLOCK_H], EMPTY, tl.float32)
-    total = tl.zeros([BLOCK_H], tl.float32)
+    total = _in_thread(tl.zeros([BLOCK_H, BLOCK_N], tl.float32))
     acc = tl.zeros([BLOCK_H, C], tl.float32)
     for start in range(first, last, BLOCK_N):
         k = _latents(words, scale, C, GROUPED, T) if E4M3 else _load_rows(latent, slot, c, ROW)
@@ -150,20 +196,21 @@ def _sparse_mla_kernel(
         x_pe = tl.dot(qr, k_pe.to(T).T)
         ahead = start + BLOCK_N + n
         slot = tl.load(indices + ahead, mask=ahead < limit, other=-1).to(tl.int32)
-        x = x * factor + x_pe * factor  # their sum first would become one dot, in two layouts
+        x = x * latent_factor + x_pe * factor  # a plain sum would become one dot, in two layouts
         if heads > 0:  # always; without a branch both warpgroups would compute all scores
             x += bias[None, :]
         new_top = tl.maximum(top, tl.max(x, 1))
         alpha = tl.exp2(top - new_top)
         p = tl.exp2(x - new_top[:, None])
-        total = total * alpha + tl.sum(p, 1)
+        total = total * alpha[:, None, None] + _in_thread(p)
         acc = tl.dot(p.to(T), k, acc * alpha[:, None])
         if E4M3:
             words, scale = _load_words(latent, slot, C, ROW, GROUPED)  # beside the product
         top = new_top
         group = tl.minimum(group, heads)  # itself; see below
+    total = tl.sum(tl.sum(total, 2), 1)
     h = group * BLOCK_H + tl.arange(0, BLOCK_H)  # again, so that no address is held over the loop
-    acc *= (value_scale / tl.where(total > 0, total, 1.0))[:, None]
+    acc *= (value_scale * room / tl.where(total > 0, total, 1.0))[:, None]
     log = tl.where(total > 0, top + tl.log2(total), EMPTY)
     tl.store(lse + region + h, log, mask=h < heads)
     at = (region + h)[:, None] * C + c[None, :]
