@@ -11,7 +11,7 @@ NORM_ROUTER_TILE = Tile(block_n=2, block_k=64, num_warps=8)  # block_k: of the s
 
 LONE_GATE_UP = Tile(block_m=1, block_n=4, block_k=1024, num_warps=4, num_stages=1)
 LONE_DOWN = {  # by bytes of a weight
-    1: Tile(block_m=1, block_n=4, block_k=1024, num_warps=2, num_stages=1),
+    1: Tile(block_m=1, block_n=4, block_k=2048, num_warps=4, num_stages=1),
     2: Tile(block_m=1, block_n=4, block_k=1024, num_warps=4, num_stages=1),
 }
 
