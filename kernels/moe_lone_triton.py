@@ -1,8 +1,8 @@
 """Triton kernels of the MLPs for a lone token: weights stream once through the CUDA cores.
 
     gate_up   a program owns rows of gate and the same of up, of one expert or the shared one
-    down      a program owns rows of the hidden axis; a step takes columns of the shared expert,
-              then of all slots side by side, so that the weighted sum needs no launch of its own
+    down      a program owns rows of the hidden axis and walks over the shared expert and all slots
+              in order, several side by side, so that the weighted sum needs no launch of its own
 
 A thread holds the same eight columns of every row of a [ROWS, columns] tile, as in gemv_triton;
 sums of eight products are scaled (FP8: the scale of their 128 columns) and added up in fp32. The
@@ -22,7 +22,10 @@ from minidsv.kernels.moe_weights_triton import Weights, arguments, pointees, pre
 from minidsv.kernels.pdl import PdlMode
 from minidsv.kernels.tile import Tile
 from minidsv.kernels.tiles_moe import LONE_DOWN as DOWN_TILES
+from minidsv.kernels.tiles_moe import LONE_DOWN_UNEVEN as UNEVEN_DOWN_TILE
 from minidsv.kernels.tiles_moe import LONE_GATE_UP as UP_TILE
+
+LINE = 256  # columns that a warp's threads hold eight of
 
 
 @triton.jit
@@ -123,34 +126,30 @@ def _sums(tile, w, x, scale, rows, n, size, C: tl.constexpr, WHOLE: tl.constexpr
 def _lone_down_kernel(
     h, shared_h, weights, ids, out, weight, scale, shared_weight, shared_scale,
     slots, hidden, inner, shared_inner,
-    BF16: tl.constexpr, ROWS: tl.constexpr, SHARED_C: tl.constexpr, SHARED_WHOLE: tl.constexpr,
-    S: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr, PDL: tl.constexpr,
+    BF16: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, S: tl.constexpr, C: tl.constexpr,
+    WHOLE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0) * ROWS
-    rows = block + tl.arange(0, ROWS)
+    rows, several, column = block + tl.arange(0, ROWS), tl.arange(0, S), tl.arange(0, S * C)
     if PDL == "prefetch":
-        tile = _weights(shared_weight, rows, hidden, 0, shared_inner, SHARED_C, SHARED_C)
+        tile = _weights(shared_weight, rows, hidden, 0, shared_inner, WIDE, WIDE)
     pdl_begin(PDL, LATE=True)
     if PDL != "prefetch":
-        tile = _weights(shared_weight, rows, hidden, 0, shared_inner, SHARED_C, SHARED_C)
-    if S > 0:  # the slots' first tile is under way beside the shared expert's
-        slot, index = tl.minimum(tl.arange(0, S), slots - 1), tl.arange(0, S * C) // C
+        tile = _weights(shared_weight, rows, hidden, 0, shared_inner, WIDE, WIDE)
+    s = shared_scale + block // 128 * tl.cdiv(shared_inner, 128)
+    sums = _sums(tile, shared_weight, shared_h, s, rows, hidden, shared_inner, WIDE, False)
+    total = rounded(tl.sum(sums, 1), BF16)
+    for first in range(0, slots, S):
+        slot = tl.minimum(first + several, slots - 1)
         expert, factor = tl.load(ids + slot), tl.load(weights + slot)
         w = _each(weight + expert * hidden * inner, C)
-        n = tl.where(index < slots, hidden, 0)[None, :]
+        n = tl.where(first + column // C < slots, hidden, 0)[None, :]
         part = _weights(w, rows, n, 0, inner, S * C, C)
-    s = shared_scale + block // 128 * tl.cdiv(shared_inner, 128)
-    sums = _sums(
-        tile, shared_weight, shared_h, s, rows, hidden, shared_inner, SHARED_C, SHARED_WHOLE
-    )
-    if S > 0:
-        vectors = h + tl.minimum(index, slots - 1) * inner
+        x = h + tl.minimum(first + column // C, slots - 1) * inner
         t = scale + (expert * tl.cdiv(hidden, 128) + block // 128) * tl.cdiv(inner, 128)
-        more = _sums(part, w, vectors, _each(t, C // 8), rows, n, inner, C, WHOLE)
-    total = rounded(tl.sum(sums, 1), BF16)
-    if S > 0:
+        more = _sums(part, w, x, _each(t, C // 8), rows, n, inner, C, WHOLE)
         y = rounded(tl.sum(tl.reshape(more, [ROWS, S, C // 8]), 2), BF16) * factor[None, :]
-        total += tl.sum(tl.where((tl.arange(0, S) < slots)[None, :], y, 0.0), 1)
+        total += tl.sum(tl.where((first + several < slots)[None, :], y, 0.0), 1)
     tl.store(out + rows, total.to(out.dtype.element_ty), mask=rows < hidden)
     pdl_end(PDL, LATE=True)
 
@@ -161,14 +160,14 @@ def up_sizes(tile: Tile, hidden: int) -> dict[str, int]:
     return {"ROWS": tile.block_n, "C": columns}
 
 
-def down_sizes(tile: Tile, inner: int, shared_inner: int, slots: int) -> dict[str, int]:
-    """The constants of down, whose steps take block_k columns of the shared expert, then of all
-    slots together."""
-    shared, together = min(tile.block_k, next_power_of_2(shared_inner)), next_power_of_2(slots)
-    columns = min(tile.block_k // max(1, together), next_power_of_2(inner)) * (slots > 0)
+def down_sizes(tile: Tile, inner: int, slots: int) -> dict[str, int]:
+    """The constants of down: slots share a step of block_k columns that one's would not fill."""
+    even = not slots or inner % tile.block_k == 0
+    columns = tile.block_k if even else min(tile.block_k, LINE, next_power_of_2(inner))
+    together = min(tile.block_k // columns, next_power_of_2(max(1, slots)))
+    whole = int(slots > 0 and inner <= columns)
     return {
-        "ROWS": tile.block_n, "SHARED_C": shared, "SHARED_WHOLE": int(shared_inner <= shared),
-        "S": together, "C": columns, "WHOLE": int(inner <= columns),
+        "ROWS": tile.block_n, "WIDE": tile.block_k, "S": together, "C": columns, "WHOLE": whole
     }  # fmt: skip
 
 
@@ -191,16 +190,15 @@ def _up_rows() -> tuple[Row, ...]:
 
 
 def _down_rows() -> tuple[Row, ...]:
-    """Sums over (an expert, the shared one, slots): long ones, those of a shard of 8 and of
-    `mini`, a dense layer's, and the bundled model's."""
-    sums = (2048, 2048, 8), (256, 256, 8), (1408, 2816, 6), (18432, 18432, 0)
-    bundled = (512, 512, 0), (128, 128, 2)
+    """Long sums, those of a shard of 8, of the bundled model, and uneven ones."""
     more = {"weights": "*fp32:16", "out": "*bf16:16", "slots": "i32"}
     return tuple(
-        _row(tile, size == 1, **more, **down_sizes(tile, *columns))
-        for size, tile in DOWN_TILES.items()
-        for columns in (*sums, *bundled)
-    )
+        _row(tile, size == 1, **more, **down_sizes(tile, inner, slots))
+        for size, even in DOWN_TILES.items()
+        for tile, inner, slots in (
+            (even, 2048, 8), (even, 256, 8), (even, 128, 2), (UNEVEN_DOWN_TILE, 1408, 6)
+        )
+    )  # fmt: skip
 
 
 LONE_GATE_UP = KernelSpec(
@@ -253,6 +251,6 @@ def down(args: dict[str, Any], routed: Weights, shared: Weights, tile: Tile, mod
     """Fill `out` of `args`."""
     args |= arguments(routed.down, routed.down_scale, shared.down, shared.down_scale)
     slots = args["ids"].shape[1]
-    args |= {"slots": slots, **down_sizes(tile, routed.inner, shared.inner, slots)}
+    args |= {"slots": slots, **down_sizes(tile, routed.inner, slots)}
     grid = (cdiv(args["hidden"], tile.block_n),)
     LONE_DOWN.launch(grid, mode, args, tile.num_warps, tile.num_stages)

@@ -86,20 +86,20 @@ def test_moe_experts(
 
 
 @pytest.mark.parametrize("fp8", [True, False])
-@pytest.mark.parametrize(("top_k", "shared"), [(3, 208), (5, 0), (0, 208)])
+@pytest.mark.parametrize(("top_k", "shared"), [(3, 592), (5, 0), (0, 592)])
 def test_lone_token_in_short_steps(top_k: int, shared: int, fp8: bool) -> None:
-    """Steps of 64 columns or fewer, and slots that are no power of two."""
+    """Several of each sum, whose slots are no multiple of those that share a step."""
     from minidsv.kernels.moe_lone_triton import lone
     from minidsv.kernels.moe_weights_triton import Weights
 
-    x, stacks = tokens_of(1, 48), mlp(fp8, 6, 48, 80, seed=1)
+    x, stacks = tokens_of(1, 48), mlp(fp8, 6, 48, 320, seed=1)
     own = one(mlp(fp8, 1, 48, shared, seed=3)) if shared else (None,) * 4
     ids = torch.tensor([[4, 0, 5, 1, 2][:top_k]], dtype=torch.int64, device=DEVICE)
     weights = torch.rand(1, top_k, device=DEVICE) + 0.1
     want = moe_experts_ref(x, weights, ids, *stacks, *own)
     experts = Weights(*own) if shared else None
     routed = Weights(*stacks) if top_k else experts
-    tiles = (Tile(block_n=4, block_k=64, num_stages=1),) * 2
+    tiles = Tile(block_n=32, block_k=32, num_stages=1), Tile(block_n=8, block_k=512, num_stages=1)
     terms = (weights.square().sum() + (shared > 0)).sqrt()
     for mode in MODES:
         got = lone(x, weights, ids, routed, experts, tiles, triton_mode(x, mode))
