@@ -146,7 +146,8 @@ def _lone_down_kernel(
         n = tl.where(first + column // C < slots, hidden, 0)[None, :]
         part = _weights(w, rows, n, 0, inner, S * C, C)
         x = h + tl.minimum(first + column // C, slots - 1) * inner
-        t = scale + (expert * tl.cdiv(hidden, 128) + block // 128) * tl.cdiv(inner, 128)
+        t = scale + expert * tl.cdiv(hidden, 128) * tl.cdiv(inner, 128)
+        t += block // 128 * tl.cdiv(inner, 128)
         more = _sums(part, w, x, _each(t, C // 8), rows, n, inner, C, WHOLE)
         y = rounded(tl.sum(tl.reshape(more, [ROWS, S, C // 8]), 2), BF16) * factor[None, :]
         total += tl.sum(tl.where((first + several < slots)[None, :], y, 0.0), 1)
