@@ -14,6 +14,8 @@ LONE_DOWN = {  # by bytes of a weight
     1: Tile(block_m=1, block_n=4, block_k=1024, num_warps=2, num_stages=1),
     2: Tile(block_m=1, block_n=4, block_k=1024, num_warps=4, num_stages=1),
 }
+# of sums that would leave a step of LONE_DOWN half empty: 256 columns of each slot at once
+LONE_DOWN_UNEVEN = Tile(block_m=1, block_n=4, block_k=2048, num_warps=8, num_stages=1)
 
 DECODE = Tile(block_m=8, block_n=32, block_k=256, num_warps=2, num_stages=3)
 DECODE_UNEVEN = Tile(block_m=8, block_n=32, block_k=128, num_warps=2, num_stages=6)
@@ -61,7 +63,9 @@ def moe_down(m: int, dims: tuple[int, ...]) -> Tile:
     """dims as moe_gate_up's."""
     experts, top_k, _, inner, size = dims
     if m == 1:
-        return LONE_DOWN[size]
+        tile = LONE_DOWN[size]
+        uneven = experts > 1 and inner > tile.block_k and inner % tile.block_k
+        return LONE_DOWN_UNEVEN if uneven else tile
     return _by_tokens_an_expert(m, experts, top_k, inner, size)
 
 

@@ -11,6 +11,7 @@ from compare import assert_close, relative_l2
 from minidsv.kernels.moe import moe_experts, moe_experts_ref, swiglu_mlp, swiglu_mlp_ref
 from minidsv.kernels.pdl import is_interpreted, triton_mode
 from minidsv.kernels.quant import quantize_fp8_blocks
+from minidsv.kernels.tile import Tile
 
 pytestmark = [] if is_interpreted() else [pytest.mark.gpu]
 DEVICE = "cpu" if is_interpreted() else "cuda"
@@ -28,8 +29,8 @@ CASES = [
 ]  # a few tokens in a tile of many
 if not is_interpreted():
     CASES = [(0, 8, 2, 256, 128, 128), (1, 8, 2, 256, 128, 128), (1, 256, 8, 7168, 256, 256),
-             (2, 8, 2, 256, 128, 0), (3, 64, 6, 2048, 1408, 2816), (33, 8, 2, 256, 128, 128),
-             (64, 256, 8, 1024, 256, 256), (700, 64, 6, 512, 128, 256),
+             (1, 64, 6, 2048, 1408, 2816), (2, 8, 2, 256, 128, 0), (3, 64, 6, 2048, 1408, 2816),
+             (33, 8, 2, 256, 128, 128), (64, 256, 8, 1024, 256, 256), (700, 64, 6, 512, 128, 256),
              (1040, 8, 2, 256, 128, 128), (150, 8, 2, 256, 384, 128), (17, 16, 4, 272, 144, 80),
              (2100, 64, 6, 2048, 1408, 2816)]  # fmt: skip
 MLPS = [(1, 128, 64), (19, 96, 160)]
@@ -88,6 +89,27 @@ def test_moe_experts(
         assert got.dtype == want.dtype
         assert_close("experts", got.float() / terms, want.float() / terms, SUMS)
         assert torch.equal(got, results[0])
+
+
+@pytest.mark.parametrize("fp8", [True, False])
+@pytest.mark.parametrize(("top_k", "shared"), [(3, 592), (5, 0), (0, 592)])
+def test_lone_token_in_short_steps(top_k: int, shared: int, fp8: bool) -> None:
+    """Several of each sum, whose slots are no multiple of those that share a step."""
+    from minidsv.kernels.moe_lone_triton import lone
+    from minidsv.kernels.moe_weights_triton import Weights
+
+    x, stacks = tokens_of(1, 48), mlp(fp8, 6, 48, 320, seed=1)
+    own = one(mlp(fp8, 1, 48, shared, seed=3)) if shared else (None,) * 4
+    ids = torch.tensor([[4, 0, 5, 1, 2][:top_k]], dtype=torch.int64, device=DEVICE)
+    weights = torch.rand(1, top_k, device=DEVICE) + 0.1
+    want = moe_experts_ref(x, weights, ids, *stacks, *own)
+    experts = Weights(*own) if shared else None
+    routed = Weights(*stacks) if top_k else experts
+    tiles = Tile(block_n=32, block_k=32, num_stages=1), Tile(block_n=8, block_k=512, num_stages=1)
+    terms = (weights.square().sum() + (shared > 0)).sqrt()
+    for mode in MODES:
+        got = lone(x, weights, ids, routed, experts, tiles, triton_mode(x, mode))
+        assert_close("experts", got.float() / terms, want.float() / terms, SUMS)
 
 
 @pytest.mark.parametrize("fp8", [True, False])
