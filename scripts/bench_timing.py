@@ -21,6 +21,7 @@ def replay_of(launches: Sequence[Callable[[], object]], chain: int = 64) -> Call
     """
     rounds = max(1, chain // len(launches))
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # which made the buffers
     with torch.cuda.stream(stream):
         for launch in launches:  # compile and warm up outside the capture
             launch()

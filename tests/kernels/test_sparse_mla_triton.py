@@ -86,8 +86,15 @@ def inputs(layout: str, tokens: int, heads: int, topk: int, c: int, r: int):
 
 
 def as_multiplied(kv_buffer: Tensor, c: int) -> Tensor:
-    """fp8 rows as plain ones of the query's dtype, to which the kernel rounds value times scale."""
+    """fp8 rows as plain ones of the query's dtype, to which the kernel rounds values times scales:
+    of bf16, times the scale's first 16 bits, as two numbers."""
     rows = read_mla_kv_buffer(kv_buffer, torch.arange(SLOTS, device=DEVICE), c, 1.0)
+    if QUERY is torch.bfloat16:
+        values = kv_buffer[:, :c].view(E4M3).float().unflatten(1, (-1, 128))
+        scale = kv_buffer[:, c : c + c // 32].view(torch.float32)[..., None]
+        high = scale.bfloat16().float()
+        low = (values * (scale - high).bfloat16().float()).bfloat16().float()
+        rows[:, :c] = (values * high + low).flatten(1)
     return rows.to(QUERY)
 
 
