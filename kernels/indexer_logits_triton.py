@@ -48,7 +48,8 @@ def _index_logits_kernel(
     rows, d = first + tl.arange(0, ROWS), tl.arange(0, D)
     heads = first * H + tl.arange(0, ROWS * H)
     real = heads < num_rows * H
-    pdl_begin(PDL)
+    STREAM: tl.constexpr = BLOCK > 64  # of long contexts, all SMs to the end: faster alone
+    pdl_begin(PDL, LATE=STREAM)
     lengths = tl.load(seq_lens + rows, mask=rows < num_rows, other=0).to(tl.int32)
     requests = tl.load(request_index + rows, mask=rows < num_rows, other=-1)
     queries = tl.load(q + heads[:, None] * D + d[None, :], mask=real[:, None], other=0.0)
@@ -75,7 +76,7 @@ def _index_logits_kernel(
                     score *= tl.load(scale)[:, None]
                 seen = mine[None, :] & (s[:, None] < lengths[None, :])
                 tl.store(logits + rows[None, :] * logits_stride + s[:, None], score, mask=seen)
-    pdl_end(PDL)
+    pdl_end(PDL, LATE=STREAM)
 
 
 def _row(tile: Tile, heads: int, keys: str, table: str = "*i64") -> Row:
