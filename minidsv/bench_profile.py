@@ -135,27 +135,32 @@ def profiled(
 
 
 def plot(profiles: Mapping[str, Sequence[KernelRow]], path: str) -> None:
-    """A stacked bar a profile: the microseconds of its longest kernels, and of all others."""
+    """A stacked bar a profile, each to its own scale: the microseconds of the longest kernels, and
+    of all others."""
     import matplotlib
 
     matplotlib.use("agg")
-    from matplotlib import pyplot
+    from matplotlib import colormaps, pyplot
 
     total: dict[str, float] = defaultdict(float)
     for rows in profiles.values():
         for row in rows:
             total[row.kernel] += row.us
-    shown = sorted(total, key=lambda name: -total[name])[:SHOWN]
-    figure, axes = pyplot.subplots(figsize=(3 + 2 * len(profiles), 6), layout="constrained")
-    bottoms = [0.0] * len(profiles)
-    for name in [*shown, "others"]:
-        heights = [
-            sum(r.us for r in rows if (r.kernel if r.kernel in shown else "others") == name)
-            for rows in profiles.values()
-        ]
-        axes.bar(list(profiles), heights, bottom=bottoms, label=name)
-        bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
-    axes.set(ylabel="us of a decode step")
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=7)
+    names = [*sorted(total, key=lambda name: -total[name])[:SHOWN], "others"]
+    size = 2 + 2.2 * len(profiles), 6
+    figure, axes = pyplot.subplots(
+        1, len(profiles), squeeze=False, figsize=size, layout="constrained"
+    )
+    for (title, rows), bar in zip(profiles.items(), axes[0], strict=True):
+        bottom = 0.0
+        for index, name in enumerate(names):
+            us = sum(r.us for r in rows if (r.kernel if r.kernel in names else "others") == name)
+            label = name.strip("_").removesuffix("_kernel")  # matplotlib hides what starts with _
+            bar.bar(0, us, bottom=bottom, color=colormaps["tab20"](index), label=label)
+            bottom += us
+        bar.set(title=title.replace(", ", "\n"), xticks=[])
+    axes[0][0].set(ylabel="us of a decode step")
+    handles, labels = axes[0][-1].get_legend_handles_labels()
+    figure.legend(handles[::-1], labels[::-1], loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=160)
     pyplot.close(figure)

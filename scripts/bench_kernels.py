@@ -106,23 +106,30 @@ def header() -> str:
 
 
 def plot(rows: list[Row], peak: float, path: str) -> None:
-    """Achieved bandwidth over compulsory bytes, with the measured peak."""
+    """Achieved bandwidth over compulsory bytes, under the measured peak; grey: equal times."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(9, 6))
+    figure, axes = pyplot.subplots(figsize=(11, 8), layout="constrained")
     for dims in sorted({row.dims for row in rows}):
         mine = [row for row in rows if row.dims == dims]
         axes.scatter([r.nbytes for r in mine], [r.gb_per_s for r in mine], s=14, label=dims)
-    for row in rows:
-        if row.gb_per_s > 0.3 * peak:
-            axes.annotate(f"{row.op} {row.shape}", (row.nbytes, row.gb_per_s), fontsize=5)
+    limits = min(r.nbytes for r in rows) / 2, max(r.nbytes for r in rows) * 8
+    for us in (1, 10, 100, 1000):
+        axes.plot(limits, [n / us / 1e3 for n in limits], color="lightgrey", linewidth=0.8)
+        axes.text(peak * us * 1e3, peak * 1.1, f"{us} us", color="grey", fontsize=8, ha="center")
+    for i, row in enumerate(sorted(rows, key=lambda row: row.nbytes)):
+        place = {"xytext": (6, 9 * (i % 3) - 12), "textcoords": "offset points", "fontsize": 5}
+        axes.annotate(f"{row.op} {row.shape}", (row.nbytes, row.gb_per_s), **place)
     axes.axhline(peak, color="black", linewidth=0.8)
-    axes.set(xscale="log", yscale="log", xlabel="compulsory bytes", ylabel="GB/s")
-    axes.legend()
+    least = min(row.gb_per_s for row in rows) / 2
+    axes.set(xscale="log", yscale="log", xlim=limits, ylim=(least, peak * 1.6))
+    axes.set(xlabel="compulsory bytes", ylabel="GB/s")
+    axes.legend(loc="lower right")
     figure.savefig(path, dpi=160)
+    pyplot.close(figure)
 
 
 def options() -> argparse.Namespace:
