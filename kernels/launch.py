@@ -32,9 +32,11 @@ def pdl_begin(PDL: tl.constexpr, LATE: tl.constexpr = False) -> None:
 
 @triton.jit
 def pdl_end(PDL: tl.constexpr, LATE: tl.constexpr = False) -> None:
-    """The seed's trigger, and with `prefetch` that of a kernel which leaves SMs idle (LATE).
+    """The seed's trigger, and with `prefetch` that of a LATE kernel: one which leaves SMs idle, or
+    wants them all for long.
 
-    What starts early is placed on those SMs alone and stays there, also when the others are free.
+    What starts early is placed on idle SMs alone and stays there, also when the others are free, or
+    takes the place of programs that have yet to start.
     """
     if PDL == "seed" or (PDL == "prefetch" and LATE):
         tl.extra.cuda.gdc_launch_dependents()

@@ -180,7 +180,7 @@ def moe_fp8(
     return combine(y, weights, len(x), shared is not None, mode)
 
 
-def _hidden(x: Tensor, rows: int, inner: int) -> tuple[Tensor, Tensor]:
+def _empty_h(x: Tensor, rows: int, inner: int) -> tuple[Tensor, Tensor]:
     """Room for h [rows, inner] and its scales."""
     codes = torch.empty((rows, inner), dtype=torch.float8_e4m3fn, device=x.device)
     return codes, torch.empty((rows, inner // 128), dtype=torch.float32, device=x.device)
@@ -205,19 +205,18 @@ def _run(
         plan, order = prepare(ids, len(routed.down), up.block_m, mode)
         routed_tiles = len(plan)
     codes, scales = quantize_groups(x, 128, ue8m0, mode)
-    h, hs = _hidden(x, slots, routed.inner)
-    shared_inner = shared.inner if shared else 0
-    shared_h, shared_hs = _hidden(x, tokens, shared_inner)
-    shared = shared or routed
-    token_tiles = cdiv(tokens, up.block_m) if shared_inner else 0
+    h, hs = _empty_h(x, slots, routed.inner)
+    stand_in = shared or routed
+    shared_h, shared_hs = _empty_h(x, tokens if shared else 0, stand_in.inner)
+    token_tiles = cdiv(tokens, up.block_m) if shared else 0
     common: dict[str, Any] = {
         "h": h, "hs": hs, "shared_h": shared_h, "shared_hs": shared_hs, "plan": plan,
         "order": order, "tokens": tokens, "hidden": hidden, "inner": routed.inner,
-        "shared_inner": shared.inner,
+        "shared_inner": stand_in.inner,
     }  # fmt: skip
-    programs = shared_inner // 128 * token_tiles
+    programs = stand_in.inner // 128 * token_tiles
     args = common | arguments(
-        routed.gate_up, routed.gate_up_scale, shared.gate_up, shared.gate_up_scale
+        routed.gate_up, routed.gate_up_scale, stand_in.gate_up, stand_in.gate_up_scale
     )
     args |= {"x": codes, "xs": scales, "top_k": max(1, ids.shape[1]), "shared_programs": programs}
     args |= {"BF16": int(x.dtype == torch.bfloat16), **_up_sizes(up, ue8m0)}
@@ -225,7 +224,7 @@ def _run(
     GATE_UP_FP8.launch(grid, mode, args, up.num_warps, up.num_stages)
     row_tiles = cdiv(hidden, down.block_n)
     programs = row_tiles * token_tiles
-    args = common | arguments(routed.down, routed.down_scale, shared.down, shared.down_scale)
+    args = common | arguments(routed.down, routed.down_scale, stand_in.down, stand_in.down_scale)
     args |= {"y": y, "slots": slots, "shared_programs": programs, **_down_sizes(down)}
     DOWN_FP8.launch(
         (programs + row_tiles * routed_tiles,), mode, args, down.num_warps, down.num_stages

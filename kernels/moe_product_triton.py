@@ -83,7 +83,7 @@ def product(
     """w [ROWS] and x [BT] point to rows of `size` -> fp32 [ROWS, BT]; only `valid` x are read.
 
     FP8: `low` and `high` point to the block scales of the first and the second half of the rows,
-    and BK is 128 or, of few tokens, a multiple.
+    and BK divides 128 or, of few tokens, is a multiple of it.
     """
     if ROWS >= 64:
         acc = _many(w, x, valid, low, high, size, ROWS, BT, BK, EVEN)

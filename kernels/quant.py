@@ -6,7 +6,7 @@ rotation.
 
 Formats: DeepSeek-V3.2's `quantization_config` (fmt e4m3, dynamic, weight_block_size [128, 128]);
 `weight_scale_inv` is a multiplier despite its name. Called by the cache writers, the indexer, the
-FP8 linear and the loader.
+FP8 linear and experts, and the loader.
 """
 
 import functools

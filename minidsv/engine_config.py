@@ -30,7 +30,10 @@ class EngineConfig:
         "auto", "weights: as stored, dequantised, FP8 on load", "auto", "none", "fp8"
     )
     activations: str = _option(
-        "none", "FP8 activations beside FP8 weights, in steps of 256 tokens or more", "none", "fp8"
+        "none",
+        "beside FP8 weights, in steps of 256 tokens or more; needs max_num_seqs < 256",
+        "none",
+        "fp8",
     )
     load_format: str = _option("auto", "read the checkpoint, or random weights", "auto", "random")
     backend: str = _option(

@@ -110,9 +110,11 @@ class ModelRunner:
     def describe(self) -> str:
         """One line: what runs where, in which types, and what it takes."""
         c = self.config
+        quantised = ", FP8 activations in long steps" if c.activations == "fp8" else ""
         return (
-            f"{self.model_config.model_type} on {c.device}: compute {c.dtype}, latent cache "
-            f"{c.kv_cache_dtype}, indexer cache {c.index_cache_dtype}; {self.plan.describe()}"
+            f"{self.model_config.model_type} on {c.device}: compute {c.dtype}{quantised}, "
+            f"latent cache {c.kv_cache_dtype}, indexer cache {c.index_cache_dtype}; "
+            f"{self.plan.describe()}"
         )
 
     def _plan_memory(self) -> MemoryPlan:

@@ -1,7 +1,8 @@
 """How many bytes a step's activations take at most, by formulas over the operators' allocations.
 
 Each stage counts the tensors that are alive together at its fullest, for T tokens whose contexts
-reach max_model_len. `tests/test_memory.py` holds the formulas to what the operators allocate.
+reach max_model_len. FP8 activations take no more: x as e4m3 fits in the half that h then saves.
+`tests/test_memory.py` holds the formulas to what the operators allocate.
 """
 
 from minidsv.config import ModelConfig
@@ -9,7 +10,6 @@ from minidsv.engine_config import EngineConfig
 from minidsv.kernels.indexer_logits import CHUNK_SCORES
 from minidsv.kernels.sparse_mla import CHUNK_ELEMENTS
 from minidsv.kernels.tiles_indexer import CHUNK
-from minidsv.layers import FP8_ACTIVATION_TOKENS
 from minidsv.scheduler import MAX_LOGIT_ROWS
 from minidsv.tensor_table import tensor_table
 
@@ -53,8 +53,6 @@ class _Sizes:
         self.q_pe = t * heads * c.qk_rope_head_dim * b
         self.values = t * heads * c.v_head_dim * b
         self.chosen = t * c.num_experts_per_tok
-        fp8 = config.activations == "fp8" and t >= FP8_ACTIVATION_TOKENS
-        self.codes = t * c.hidden_size * 33 // 32 if fp8 else 0  # of x, with scales
         self.logits = rows * (4 * c.vocab_size + 4 * c.hidden_size * b)
 
 
@@ -71,8 +69,8 @@ def _triton_stages(c: ModelConfig, config: EngineConfig, tokens: int, rows: int)
     return {
         "selection": projected + s.index_q + s.gate + 3 * s.slots + selection,
         "attention": projected + 2 * s.slots + 2 * s.latent + s.q_pe + s.values,
-        "experts": 6 * s.hidden + s.slots + routed + router + s.hidden + s.codes,
-        "dense": 7 * s.hidden + s.slots + tokens * c.intermediate_size * 2 + s.codes,
+        "experts": 6 * s.hidden + s.slots + routed + router + s.hidden,
+        "dense": 7 * s.hidden + s.slots + tokens * c.intermediate_size * 2,
         "logits": 6 * s.hidden + s.slots + s.logits,
     }
 

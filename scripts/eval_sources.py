@@ -75,7 +75,7 @@ def _precision(config: EngineConfig) -> Tier:
         of_dtype.get(
             config.kv_cache_dtype, "fp8_flat" if "flat" in config.kv_cache_dtype else "fp8"
         ),
-        "fp8_flat" if config.quantization == "fp8" else "fp32",
+        "fp8_flat" if "fp8" in (config.quantization, config.activations) else "fp32",
     ]
     return max(found, key=PRECISIONS.index)
 

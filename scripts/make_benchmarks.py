@@ -195,6 +195,8 @@ def section(file: Path, result: Result) -> str:
     title, make = TABLES[result["kind"]]
     head = f"## {file.stem}: {title}\n"
     if result["kind"] != "kernels":
+        fp8 = result.get("engine", {}).get("activations") == "fp8"
+        title += " with FP8 activations" if fp8 else ""
         head = f"## {result['model']}: {title}\n\n{provenance(result)}\n"
     picture = file.with_suffix(".png")
     shown = f"\n![{title}](results/{picture.name})\n" if picture.exists() else ""

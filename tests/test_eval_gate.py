@@ -67,6 +67,7 @@ def test_the_same_configuration_twice_gives_the_same_bits() -> None:
         ("kv_cache_dtype=fp8", "fp8"),
         ("kv_cache_dtype=fp8_flat", "fp8_flat"),
         ("index_cache_dtype=fp8", "fp8_index"),
+        ("activations=fp8", "fp8_flat"),
     ],
 )
 def test_other_dtypes_are_green_in_their_own_tier(conf: str, tier: Tier) -> None:

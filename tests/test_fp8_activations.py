@@ -1,11 +1,14 @@
 """FP8 activations: the formula, how far it is from unquantised, and the engine's option."""
 
+from dataclasses import fields
+
 import pytest
 import torch
 from torch import Tensor
 
 from compare import relative_l2
 from minidsv import LLM, SamplingParams
+from minidsv.engine_config import EngineConfig
 from minidsv.kernels.gemm import linear
 from minidsv.kernels.moe import moe_experts, swiglu_mlp
 from minidsv.kernels.quant import Activations, per_token_group_quant_fp8_ref, quantize_fp8_blocks
@@ -53,6 +56,9 @@ def test_what_is_not_quantised() -> None:
     assert torch.equal(
         swiglu_mlp(x[:, :128], *one, activations="fp8"), swiglu_mlp(x[:, :128], *one)
     )
+    routed = (*stack(2, 2, 128, 128, seed=3), *stack(2, 128, 128, seed=4))
+    args = x[:, :128], torch.ones(3, 1), torch.tensor([[0], [1], [1]]), *routed
+    assert torch.equal(moe_experts(*args, *one, activations="fp8"), moe_experts(*args, *one))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -78,8 +84,15 @@ def llms(request: pytest.FixtureRequest, visible_gpu: None) -> tuple[LLM, LLM]:
     return LLM(activations="fp8", **options), LLM(**options)
 
 
+def test_the_help_says_from_which_step_on() -> None:
+    (option,) = (option for option in fields(EngineConfig) if option.name == "activations")
+    assert f"steps of {FP8_ACTIVATION_TOKENS} tokens" in option.metadata["help"]
+
+
 def test_long_steps_alone_are_quantised(llms: tuple[LLM, LLM]) -> None:
     fp8, plain = llms
+    assert "FP8 activations" in fp8.engine.runner.describe()
+    assert "FP8 activations" not in plain.engine.runner.describe()
     ids = [7 + i % 200 for i in range(FP8_ACTIVATION_TOKENS)]
     assert torch.equal(fp8.prompt_logits(ids[:-1]), plain.prompt_logits(ids[:-1]))
     assert 1e-3 < relative_l2(fp8.prompt_logits(ids), plain.prompt_logits(ids)) < 0.5

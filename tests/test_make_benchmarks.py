@@ -108,6 +108,20 @@ def test_serving(tree: Path) -> None:
     assert "1,199 of 1,200 decode steps by a graph." in page
 
 
+def test_the_whole_engine(tree: Path) -> None:
+    row = {
+        "batch": 1, "context": 4096, "prefill_ms": 108.7, "us": 1390.0, "tokens_per_s": 719.4,
+        "graph_us": 1360.0, "beside_graph": 0.0216,
+    }  # fmt: skip
+    for activations in ("none", "fp8"):
+        data = {"kind": "wall", **ABOUT, "engine": {"activations": activations}, "rows": [row]}
+        add(tree, f"{activations}.json", data)
+    page, _ = generated(tree)
+    assert "## configs/big.json: the whole engine\n" in page
+    assert "## configs/big.json: the whole engine with FP8 activations\n" in page
+    assert "| 1 | 4096 | 108.7 | 1,390.0 | 719.4 | 1,360.0 | 2.2 % |" in page
+
+
 def test_a_graph(tree: Path) -> None:
     graph = {
         "batch": 1, "bound": 8192, "launches_of_a_layer": {"dense": 9, "MoE": 12}, "nodes": 70,
