@@ -93,12 +93,12 @@ def _absorb_kernel(
             BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     else:
-        pdl_begin(PDL)
+        pdl_begin(PDL, LATE=True)
         _multiply_many(
             w, x, out, block, token, m, n, k_size, x_token, out_token, w_row, w_column,
             BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-    pdl_end(PDL)
+    pdl_end(PDL, LATE=BLOCK_M >= MANY)
 
 
 def _rows() -> tuple[Row, ...]:

@@ -5,8 +5,7 @@ other mode and for sm_100 and sm_80. Proved of each binary with PDL:
 
     PTX   one wait, unconditional, in no loop, on every path to an exit; each access to global
           memory that some path reaches before it is a load or prefetch whose address is computed
-          from parameters that the kernel's spec declares replay-constant, and from no loaded value;
-          the trigger does not come first
+          from parameters that the kernel's spec declares replay-constant, and from no loaded value
     SASS  the same paths hold no access that the PTX has not (kind and bytes), no exit, no jump that
           cannot be followed; no spills; shared memory within the device's limit
 

@@ -15,10 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minidsv.kernels.launch import KernelSpec, Row, pdl_begin, pdl_end
+from minidsv.kernels.launch import KernelSpec, Row, pdl_ahead, pdl_begin, pdl_end
 from minidsv.kernels.pdl import PdlMode
 from minidsv.kernels.sparse_mla_triton import EMPTY
 from minidsv.kernels.tiles_attention import COMBINE_WARPS, LONE, SPLITS
+
+# The attention of so many leaves SMs for all programs here, and for those of what comes next.
+FEW_HEADS = tl.constexpr(64)
 
 
 @triton.jit
@@ -56,6 +59,8 @@ def _combine_values_kernel(
     w += head * w_head + rows[:, None] * w_row + tl.arange(0, C)[None, :]
     if PDL == "prefetch":
         tile = tl.load(w, mask=rows[:, None] < n, other=0.0)
+    if heads <= FEW_HEADS:
+        pdl_ahead(PDL)
     pdl_begin(PDL, LATE=True)
     if PDL != "prefetch":
         tile = tl.load(w, mask=rows[:, None] < n, other=0.0)

@@ -35,12 +35,10 @@ def lines_of(instructions: list[Instruction]) -> str:
 
 
 def check_ptx(kernel: ptx.PtxKernel, names: dict[str, str], spec: KernelSpec) -> Iterator[str]:
-    """Paths, the trigger's place, and whose memory is touched before the wait."""
+    """Paths, and whose memory is touched before the wait."""
     yield from check_paths(kernel.listing, ptx)
     for instruction in kernel.listing.before(ptx.is_wait):
         where = f"line {instruction.line}: `{instruction.text}` before the wait"
-        if instruction.opcode == ptx.TRIGGER:
-            yield f"{where}: the trigger comes first"
         if not ptx.is_global_access(instruction):
             continue
         bases = {names.get(base, base) for base in kernel.bases(instruction)}

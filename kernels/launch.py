@@ -3,7 +3,8 @@
 Every kernel is launched through its `KernelSpec`: the spec sets the kernel's constexpr `PDL` and
 the launch attribute from one mode, and `minidsv.kernels.check` compiles the same spec's rows with
 the same options. In the kernel, `pdl_begin` stands in straight-line code before the first access
-to anything that changes during a replay, `pdl_end` after the last.
+to anything that changes during a replay, `pdl_end` after the last. Where the trigger stands is a
+matter of speed alone: whoever is started waits for all that came before.
 """
 
 import os
@@ -19,6 +20,16 @@ import triton
 import triton.language as tl
 
 from minidsv.kernels.pdl import PdlMode, launch_kwargs
+
+
+@triton.jit
+def pdl_ahead(PDL: tl.constexpr) -> None:
+    """Before `pdl_begin`, with `prefetch`: let the next kernel start while this one still waits.
+
+    For few programs, behind a kernel that leaves SMs idle: what comes next prefetches there.
+    """
+    if PDL == "prefetch":
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit

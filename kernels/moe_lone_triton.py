@@ -6,7 +6,8 @@
 
 A thread holds the same eight columns of every row of a [ROWS, columns] tile, as in gemv_triton;
 sums of eight products are scaled (FP8: the scale of their 128 columns) and added up in fp32. The
-shared expert's weights are the only ones known before the wait; `down` holds its first tile then.
+shared expert's weights are the only ones known before the wait: `down` holds its first tile then;
+`gate_up`, whose programs fill the device many times, gained nothing from touching them.
 """
 
 from typing import Any
@@ -17,8 +18,8 @@ import triton.language as tl
 from torch import Tensor
 from triton import cdiv, next_power_of_2
 
-from minidsv.kernels.launch import KernelSpec, Row, pdl_begin, pdl_end
-from minidsv.kernels.moe_weights_triton import Weights, arguments, pointees, prefetch, rounded
+from minidsv.kernels.launch import KernelSpec, Row, pdl_ahead, pdl_begin, pdl_end
+from minidsv.kernels.moe_weights_triton import Weights, arguments, pointees, rounded
 from minidsv.kernels.pdl import PdlMode
 from minidsv.kernels.tile import Tile
 from minidsv.kernels.tiles_moe import LONE_DOWN as DOWN_TILES
@@ -81,10 +82,6 @@ def _lone_gate_up_kernel(
     blocks = tl.cdiv(inner, ROWS)
     block = tl.where(is_shared, program, routed % blocks) * ROWS
     rows = block + tl.arange(0, ROWS)
-    if PDL == "prefetch":
-        lines = shared_weight + tl.minimum(rows, shared_inner - 1) * hidden
-        prefetch(lines, hidden, is_shared.to(tl.int32), 8)
-        prefetch(lines + shared_inner * hidden, hidden, is_shared.to(tl.int32), 8)
     pdl_begin(PDL)
     slot = tl.where(is_shared, 0, routed // blocks)
     expert = tl.load(ids + slot, mask=is_shared == 0, other=0)
@@ -133,7 +130,8 @@ def _lone_down_kernel(
     rows, several, column = block + tl.arange(0, ROWS), tl.arange(0, S), tl.arange(0, S * C)
     if PDL == "prefetch":
         tile = _weights(shared_weight, rows, hidden, 0, shared_inner, WIDE, WIDE)
-    pdl_begin(PDL, LATE=True)
+    pdl_ahead(PDL)
+    pdl_begin(PDL)
     if PDL != "prefetch":
         tile = _weights(shared_weight, rows, hidden, 0, shared_inner, WIDE, WIDE)
     s = shared_scale + block // 128 * tl.cdiv(shared_inner, 128)
@@ -152,7 +150,7 @@ def _lone_down_kernel(
         y = rounded(tl.sum(tl.reshape(more, [ROWS, S, C // 8]), 2), BF16) * factor[None, :]
         total += tl.sum(tl.where((first + several < slots)[None, :], y, 0.0), 1)
     tl.store(out + rows, total.to(out.dtype.element_ty), mask=rows < hidden)
-    pdl_end(PDL, LATE=True)
+    pdl_end(PDL)
 
 
 def up_sizes(tile: Tile, hidden: int) -> dict[str, int]:
@@ -202,9 +200,7 @@ def _down_rows() -> tuple[Row, ...]:
     )  # fmt: skip
 
 
-LONE_GATE_UP = KernelSpec(
-    _lone_gate_up_kernel, _up_rows(), frozenset(("shared_weight",)), fp_fusion=True
-)
+LONE_GATE_UP = KernelSpec(_lone_gate_up_kernel, _up_rows(), fp_fusion=True)
 LONE_DOWN = KernelSpec(
     _lone_down_kernel, _down_rows(), frozenset(("shared_weight",)), fp_fusion=True
 )

@@ -3,9 +3,9 @@
 Both multiply weight rows [ROWS, K] with tokens [K, BT], so that the weights are the tensor cores'
 M side and few tokens waste little. A launch holds the shared expert's programs first (of a dense
 layer: all), then the routed experts' by the plan of `moe_plan_triton`; the last of an expert's
-tiles of many tokens takes a smaller form if it holds few. FP8 weights become bf16 (exact); the
-shared expert's weights are the only ones known before the wait. Tiles of one token are
-`moe_lone_triton`'s.
+tiles of many tokens takes a smaller form if it holds few. FP8 weights become bf16 (exact).
+Nothing is touched before the wait: what streams for so long gains nothing by it. Tiles of one token
+are `moe_lone_triton`'s.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ from minidsv.kernels.launch_config import launch_config
 from minidsv.kernels.moe_lone_triton import lone
 from minidsv.kernels.moe_plan_triton import combine, prepare
 from minidsv.kernels.moe_product_triton import product
-from minidsv.kernels.moe_weights_triton import Weights, arguments, pointees, prefetch, rounded
+from minidsv.kernels.moe_weights_triton import Weights, arguments, pointees, rounded
 from minidsv.kernels.pdl import PdlMode
 from minidsv.kernels.tile import Tile
 from minidsv.kernels.tiles_moe import MLP_TILES
@@ -31,10 +31,8 @@ from minidsv.kernels.tiles_moe import MLP_TILES
 def _share(
     is_shared, program, shared_programs, shared_blocks, blocks, plan, tokens, BT: tl.constexpr,
 ):  # fmt: skip
-    """(block of rows, expert, begin, end) of a program; no branches, see `shared_weight`'s trace.
-
-    Tokens of the shared expert, entries of `order` of a routed one.
-    """
+    """(block of rows, expert, begin, end) of a program: tokens of the shared expert, entries of
+    `order` of a routed one."""
     routed = program - shared_programs
     tile = tl.where(is_shared, program // shared_blocks, routed // blocks)
     block = tl.where(is_shared, program % shared_blocks, routed % blocks)
@@ -83,12 +81,7 @@ def _gate_up_kernel(
     program = tl.program_id(0)
     is_shared = program < shared_programs
     shared_blocks = tl.cdiv(shared_inner, half)
-    if PDL == "prefetch":
-        r = tl.arange(0, ROWS)
-        line = tl.minimum(program % shared_blocks * half + r % half, shared_inner - 1)
-        line += r // half * shared_inner
-        prefetch(shared_weight + line * hidden, hidden, is_shared.to(tl.int32), 2)
-    pdl_begin(PDL)
+    pdl_begin(PDL, LATE=True)
     block, expert, begin, end = _share(
         is_shared, program, shared_programs, shared_blocks, tl.cdiv(inner, half), plan, tokens, BT
     )  # fmt: skip
@@ -108,7 +101,7 @@ def _gate_up_kernel(
                 x, out, order, w, s, blocks, block, begin, end, is_shared, top_k, hidden, width,
                 BF16, EVEN, ROWS, FEW, BK,
             )  # fmt: skip
-    pdl_end(PDL)
+    pdl_end(PDL, LATE=True)
 
 
 @triton.jit
@@ -144,10 +137,7 @@ def _down_kernel(
     program = tl.program_id(0)
     blocks = tl.cdiv(hidden, ROWS)
     is_shared = program < shared_programs
-    if PDL == "prefetch":
-        line = tl.minimum(program % blocks * ROWS + tl.arange(0, ROWS), hidden - 1)
-        prefetch(shared_weight + line * shared_inner, shared_inner, is_shared.to(tl.int32), 2)
-    pdl_begin(PDL)
+    pdl_begin(PDL, LATE=True)
     block, expert, begin, end = _share(
         is_shared, program, shared_programs, blocks, blocks, plan, tokens, BT
     )
@@ -167,7 +157,7 @@ def _down_kernel(
                 source, y, order, w, s, block, begin, end, is_shared, slots, hidden, width,
                 EVEN, ROWS, FEW, BK,
             )  # fmt: skip
-    pdl_end(PDL)
+    pdl_end(PDL, LATE=True)
 
 
 def _rows(**more: str | int | float) -> tuple[Row, ...]:
@@ -190,15 +180,8 @@ def _sizes(tile: Tile) -> dict[str, int]:
     return {"ROWS": tile.block_n, "BT": tile.block_m, "FEW": few, "BK": tile.block_k}
 
 
-GATE_UP = KernelSpec(
-    _gate_up_kernel,
-    _rows(x="*bf16:16", top_k="i32", BF16=1),
-    frozenset(("shared_weight",)),
-    fp_fusion=True,
-)
-DOWN = KernelSpec(
-    _down_kernel, _rows(y="*bf16:16", slots="i32"), frozenset(("shared_weight",)), fp_fusion=True
-)
+GATE_UP = KernelSpec(_gate_up_kernel, _rows(x="*bf16:16", top_k="i32", BF16=1), fp_fusion=True)
+DOWN = KernelSpec(_down_kernel, _rows(y="*bf16:16", slots="i32"), fp_fusion=True)
 SPECS = (GATE_UP, DOWN)
 
 

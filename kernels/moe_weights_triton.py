@@ -1,4 +1,4 @@
-"""What the MLPs' Triton files share: the weights as they are launched, and two device functions."""
+"""What the MLPs' Triton files share: the weights as they are launched, and how numbers round."""
 
 from dataclasses import dataclass
 
@@ -46,18 +46,3 @@ def pointees(fp8: bool) -> dict[str, str | int | float]:
 def rounded(x, BF16: tl.constexpr):
     """fp32 values as the activations' dtype holds them."""
     return x.to(tl.bfloat16).to(tl.float32) if BF16 else x
-
-
-@triton.jit
-def prefetch(rows, size, wanted, LINES: tl.constexpr):
-    """The first LINES * 128 bytes of each row of `size` elements into the L2, if `wanted`."""
-    step: tl.constexpr = 128 // (rows.dtype.scalar.element_ty.primitive_bitwidth // 8)
-    lines = rows[:, None] + tl.minimum(tl.arange(0, LINES) * step, size - 1)[None, :]
-    tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
-        "=r,l,r",
-        [lines, tl.zeros_like(lines.to(tl.int64)).to(tl.int32) + wanted],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )

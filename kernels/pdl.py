@@ -6,8 +6,8 @@ A kernel launched with the attribute may start while the kernels before it still
     off       no wait, no trigger, no attribute
     seed      wait first, trigger last (SGLang PR 23965; kept for the benchmarks)
     on        wait, then trigger at once
-    prefetch  on, and replay-constant data (weights, gains) is touched before the wait; kernels that
-              leave SMs idle trigger last (`launch.pdl_end`)
+    prefetch  on, and replay-constant data (weights, gains) is touched before the wait; some kernels
+              trigger last (`launch.pdl_end`) or before they wait (`launch.pdl_ahead`)
 
 The mode reaches a kernel as its constexpr `PDL` and the launcher as `launch_kwargs`, both from
 `KernelSpec.launch`, so no launch carries the attribute without the wait. No triton in here.

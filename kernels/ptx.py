@@ -11,7 +11,7 @@ from functools import cached_property
 
 from minidsv.kernels.flow import Instruction, Listing
 
-WAIT, TRIGGER = "griddepcontrol.wait", "griddepcontrol.launch_dependents"
+WAIT = "griddepcontrol.wait"
 LOADED = "<a value loaded from memory>"
 
 _MEMORY = {"ld", "ldu", "st", "atom", "red", "prefetch", "prefetchu", "cp", "multimem", "discard"}

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minidsv.kernels.launch import KernelSpec, Row, pdl_begin, pdl_end
+from minidsv.kernels.launch import KernelSpec, Row, pdl_ahead, pdl_begin, pdl_end
 from minidsv.kernels.launch_config import launch_config
 from minidsv.kernels.pdl import PdlMode
 from minidsv.kernels.tile import Tile
@@ -164,6 +164,8 @@ def _sparse_mla_kernel(
     region = (token * tl.num_programs(1) + split) * heads  # this token's and split's rows of out
     indices += token * indices_token
     real = h[:, None] < heads
+    if tl.num_programs(2) == 1:
+        pdl_ahead(PDL)
     pdl_begin(PDL, LATE=True)
     limit = tl.minimum(first + split_keys, topk)
     slot = tl.load(indices + first + n, mask=first + n < limit, other=-1).to(tl.int32)
