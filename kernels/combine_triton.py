@@ -20,7 +20,7 @@ from minidsv.kernels.pdl import PdlMode
 from minidsv.kernels.sparse_mla_triton import EMPTY
 from minidsv.kernels.tiles_attention import COMBINE_WARPS, LONE, SPLITS
 
-# The attention of so many leaves SMs for all programs here, and for those of what comes next.
+# Up to so many heads, all programs here fit beside the attention's, and some of what comes next.
 FEW_HEADS = tl.constexpr(64)
 
 

@@ -26,7 +26,8 @@ from minidsv.kernels.pdl import PdlMode, launch_kwargs
 def pdl_ahead(PDL: tl.constexpr) -> None:
     """Before `pdl_begin`, with `prefetch`: let the next kernel start while this one still waits.
 
-    For few programs, behind a kernel that leaves SMs idle: what comes next prefetches there.
+    A trigger counts once all programs have issued it: for kernels whose programs all fit on the
+    device while the kernel before ends. What comes next then prefetches beside both.
     """
     if PDL == "prefetch":
         tl.extra.cuda.gdc_launch_dependents()
@@ -47,7 +48,7 @@ def pdl_end(PDL: tl.constexpr, LATE: tl.constexpr = False) -> None:
     wants them all for long.
 
     What starts early is placed on idle SMs alone and stays there, also when the others are free, or
-    takes the place of programs that have yet to start.
+    competes with programs that still have long to run.
     """
     if PDL == "seed" or (PDL == "prefetch" and LATE):
         tl.extra.cuda.gdc_launch_dependents()

@@ -7,7 +7,7 @@
 A thread holds the same eight columns of every row of a [ROWS, columns] tile, as in gemv_triton;
 sums of eight products are scaled (FP8: the scale of their 128 columns) and added up in fp32. The
 shared expert's weights are the only ones known before the wait: `down` holds its first tile then;
-`gate_up`, whose programs fill the device many times, gained nothing from touching them.
+`gate_up` gained nothing from touching them.
 """
 
 from typing import Any

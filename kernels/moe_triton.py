@@ -245,26 +245,25 @@ def _run(
         plan, order = prepare(ids, len(routed.down), up.block_m, mode)
         routed_tiles = len(plan)
     h = x.new_empty(slots, routed.inner)
-    shared_inner = shared.inner if shared else 0
-    shared_h = x.new_empty(tokens, shared_inner)
-    shared = shared or routed
-    token_tiles = cdiv(tokens, up.block_m) if shared_inner else 0
+    stand_in = shared or routed
+    shared_h = x.new_empty(tokens if shared else 0, stand_in.inner)
+    token_tiles = cdiv(tokens, up.block_m) if shared else 0
     common: dict[str, Any] = {
         "h": h, "shared_h": shared_h, "plan": plan, "order": order, "tokens": tokens,
-        "hidden": hidden, "inner": routed.inner, "shared_inner": shared.inner,
+        "hidden": hidden, "inner": routed.inner, "shared_inner": stand_in.inner,
     }  # fmt: skip
     half = up.block_n // 2
-    programs = cdiv(shared_inner, half) * token_tiles
+    programs = cdiv(stand_in.inner, half) * token_tiles
     args = common | arguments(
-        routed.gate_up, routed.gate_up_scale, shared.gate_up, shared.gate_up_scale
+        routed.gate_up, routed.gate_up_scale, stand_in.gate_up, stand_in.gate_up_scale
     )
     args |= {"x": x, "top_k": max(1, ids.shape[1]), "BF16": int(x.dtype == torch.bfloat16)}
     args |= {"shared_programs": programs, "EVEN": int(hidden % up.block_k == 0), **_sizes(up)}
     grid = (programs + cdiv(routed.inner, half) * routed_tiles,)
     GATE_UP.launch(grid, mode, args, up.num_warps, up.num_stages)
     programs = cdiv(hidden, down.block_n) * token_tiles
-    args = common | arguments(routed.down, routed.down_scale, shared.down, shared.down_scale)
+    args = common | arguments(routed.down, routed.down_scale, stand_in.down, stand_in.down_scale)
     args |= {"y": y, "slots": slots, "shared_programs": programs, **_sizes(down)}
-    args |= {"EVEN": int(routed.inner % down.block_k == 0 == shared.inner % down.block_k)}
+    args |= {"EVEN": int(routed.inner % down.block_k == 0 == stand_in.inner % down.block_k)}
     grid = (programs + cdiv(hidden, down.block_n) * routed_tiles,)
     DOWN.launch(grid, mode, args, down.num_warps, down.num_stages)

@@ -89,7 +89,7 @@ class Rig:
             "model": model_name(self.config),
             "fp8_weights": self.fp8_weights,
             **{name: getattr(self.config, name) for name in names},
-            "replays": self.steps - WARMUP,
+            "replays": max(0, self.steps - WARMUP),
         }
 
     @property

@@ -1,8 +1,9 @@
 """How many bytes a step's activations take at most, by formulas over the operators' allocations.
 
 Each stage counts the tensors that are alive together at its fullest, for T tokens whose contexts
-reach max_model_len. FP8 activations take no more: x as e4m3 fits in the half that h then saves.
-`tests/test_memory.py` holds the formulas to what the operators allocate.
+reach max_model_len. FP8 activations take no more: x as e4m3 fits in what h then saves or, where h
+is small, in the room that the experts' sum takes later. `tests/test_memory.py` holds the formulas
+to what the operators allocate.
 """
 
 from minidsv.config import ModelConfig

@@ -96,21 +96,27 @@ def decode_step(tokens: list[int], at: int) -> StepBatch:
     return StepBatch(ids, positions, slots, positions + 1, rows, table, rows, at + 1)
 
 
-def test_a_captured_chain_with_delays_equals_pdl_off(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("requests", "kv"),
+    [(3, "fp8"), (1, "bfloat16")],  # a lone token has kernels of its own, and splits bf16 rows
+)
+def test_a_captured_chain_with_delays_equals_pdl_off(
+    requests: int, kv: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """1000 replays of a whole decode step; between any two kernels one that triggers at once and
     ends after a random time. Inputs change from replay to replay, so stale memory is wrong."""
-    llm = LLM(pdl="off", kv_cache_dtype="fp8", num_pages=12, **ON_CUDA)
+    llm = LLM(pdl="off", kv_cache_dtype=kv, num_pages=12, **ON_CUDA)
     model = llm.engine.runner.model
-    for at in range(150):  # fill the caches of three requests past index_topk
-        model.forward(decode_step([5 + at % 7, 40 + at % 11, 90 + at % 13], at))
-    variants = [[10 + i, 200 - i, 3 * i + 7] for i in range(5)]
+    for at in range(150):  # fill the caches of the requests past index_topk
+        model.forward(decode_step([5 + at % 7, 40 + at % 11, 90 + at % 13][:requests], at))
+    variants = [[10 + i, 200 - i, 3 * i + 7][:requests] for i in range(5)]
     step = decode_step(variants[0], 150)
     ids = [torch.tensor(v, device="cuda") for v in variants]
     want = [forward_of(model, step, i) for i in ids]
     assert not torch.equal(want[0], want[1])
     assert all(torch.isfinite(logits).all() for logits in want)
 
-    on = LLM(pdl="on", kv_cache_dtype="fp8", num_pages=12, **ON_CUDA).engine.runner
+    on = LLM(pdl="on", kv_cache_dtype=kv, num_pages=12, **ON_CUDA).engine.runner
     for mine, other in zip(on.cache.latent, llm.engine.runner.cache.latent, strict=True):
         mine.copy_(other)
     for mine, other in zip(on.cache.index, llm.engine.runner.cache.index, strict=True):
