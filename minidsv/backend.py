@@ -7,19 +7,23 @@ from minidsv.engine_config import EngineConfig
 from minidsv.errors import ConfigError
 from minidsv.kernels.pdl import PdlMode, is_arch_support_pdl
 from minidsv.kernels.quant import Activations
+from minidsv.kernels.tiles_indexer import CHUNK
 
 Capability = tuple[int, int]  # CUDA compute capability
 MAX_GRID = 65535  # tokens of a step, on a grid's third axis
 TRITON_CAPABILITIES = ((8, 0), (9, 0), (10, 0))  # what the kernels are proved for
+MAX_VOCABULARY = 1 << 19  # ids that argmax merges
+MAX_SCORES = 1 << 20  # of a row that top-k takes
+MAX_LONG_TOPK = 4096  # that it finds in rows beyond CHUNK
 
 
-def settle_backend(config: EngineConfig, capability: Capability | None) -> str:
+def settle_backend(config: EngineConfig, model: ModelConfig, capability: Capability | None) -> str:
     """ "torch", "triton" or "flashinfer" for a config whose device and dtypes are settled.
 
     `capability` is the device's, None without CUDA. Raises ConfigError where the one asked for
     cannot run.
     """
-    missing = _missing_for_triton(config, capability)
+    missing = _missing_for_triton(config, capability) or _unfit_size(config, model)
     if config.backend == "auto":
         return "triton" if missing is None else "torch"
     if config.backend == "flashinfer":
@@ -43,6 +47,32 @@ def _missing_for_triton(config: EngineConfig, capability: Capability | None) -> 
         if getattr(config, name) == "float32":
             return f"another {name} than 'float32'"
     return _missing_package("triton", "triton")
+
+
+def _unfit_size(config: EngineConfig, model: ModelConfig) -> str | None:
+    """The first of the model's sizes that the kernels do not take."""
+    assert config.max_model_len is not None
+    rope = model.qk_rope_head_dim
+    one_of: dict[str, tuple[int, ...]] = {
+        "qk_rope_head_dim": (32, 64),
+        "index_head_dim": (2 * rope,),
+        "index_n_heads": (8, 16, 32, 64),
+        "kv_lora_rank": (128, 256, 512),
+    }
+    for name, accepted in one_of.items():
+        if (found := getattr(model, name)) not in accepted:
+            return f"{name} of {' or '.join(map(str, accepted))}, and it is {found}"
+    for name in ("hidden_size", "intermediate_size", "moe_intermediate_size"):
+        if (found := getattr(model, name)) % 8:
+            return f"{name} that 8 divides, and it is {found}"
+    length, topk = config.max_model_len, model.index_topk
+    limits = [("vocab_size", model.vocab_size, MAX_VOCABULARY)]
+    if length > max(topk, CHUNK):
+        limits += [("index_topk", topk, MAX_LONG_TOPK), ("max_model_len", length, MAX_SCORES)]
+    for name, found, most in limits:
+        if found > most:
+            return f"{name} up to {most}, and it is {found}"
+    return None
 
 
 def _missing_for_flashinfer(config: EngineConfig) -> str | None:

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -29,8 +30,8 @@ def run(config: EngineConfig, options: BenchOptions) -> int:
     """Measure, print, write the JSON; the exit status. Raises MinidsvError on bad input."""
     options.check_engine(config)
     for name, file in (("json", options.json), ("plot", options.plot)):
-        if file is not None and not Path(file).absolute().parent.is_dir():
-            raise ConfigError(f"{name}: {file} is not in a folder that exists")
+        if file is not None:
+            _check_file(name, file)
     subject = import_module(f"minidsv.bench_{options.subject}")
     result: Result = subject.run(config, options)
     text = json.dumps({"kind": options.subject, **provenance(result.device), **result.data})
@@ -58,6 +59,15 @@ def provenance(device: str) -> dict[str, str | None]:
 def shown(value: float | None, spec: str) -> str:
     """A number as a table has it; None is a dash."""
     return "-" if value is None else format(value, spec)
+
+
+def _check_file(option: str, file: str) -> None:
+    """Before anything is measured: raises ConfigError."""
+    path = Path(file).absolute()
+    if not path.parent.is_dir():
+        raise ConfigError(f"{option}: {file} is not in a folder that exists")
+    if not file or path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ConfigError(f"{option}: {file!r} is no file that can be written")
 
 
 def _first_line(*command: str) -> str | None:

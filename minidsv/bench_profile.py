@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from torch._C._autograd import DeviceType
@@ -66,8 +67,8 @@ def line(row: KernelRow) -> str:
 
 def run(config: EngineConfig, options: BenchOptions) -> Result:
     """Profile one variant at every batch and context."""
-    if options.plot is not None and find_spec("matplotlib") is None:
-        raise ConfigError("plot: needs the package matplotlib (pip install 'minidsv[bench]')")
+    if options.plot is not None:
+        _check_picture(options.plot)
     rig = Rig.build(config, options)
     (variant,) = rig.variants
     bandwidth = read_bandwidth(rig.device)
@@ -85,6 +86,17 @@ def run(config: EngineConfig, options: BenchOptions) -> Result:
     data = {name: [asdict(row) for row in rows] for name, rows in profiles.items()}
     setting = rig.setting() | {"variant": variant, "bandwidth": bandwidth}
     return Result(rig.config.device, setting | {"profiles": data}, True)
+
+
+def _check_picture(file: str) -> None:
+    """Before anything is measured: raises ConfigError."""
+    if find_spec("matplotlib") is None:
+        raise ConfigError("plot: needs the package matplotlib (pip install 'minidsv[bench]')")
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = sorted(FigureCanvasBase.get_supported_filetypes())
+    if Path(file).suffix[1:].lower() not in known:
+        raise ConfigError(f"plot: {file!r} ends in none of {known}")
 
 
 def profile_step(

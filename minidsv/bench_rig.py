@@ -175,7 +175,7 @@ def _allocate(config: EngineConfig, model: ModelConfig, pages: int) -> KVCache:
     kv, index = config.kv_cache_dtype, config.index_cache_dtype
     try:
         return KVCache.allocate(model, pages, kv, index, device)
-    except RuntimeError:  # torch's allocators on CPU and CUDA
+    except (RuntimeError, TypeError):  # torch's allocators; numbers that are none of its
         size = pages * PAGE_SIZE * bytes_per_token(model, kv, index)
         raise ConfigError(
             f"batch, context: the caches of the largest of them take {size / 1e9:.1f} GB, which do "

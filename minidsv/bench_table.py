@@ -41,6 +41,7 @@ class Row:
     floor_us_layer: float | None
     distinct_experts: float | None  # a layer; None: no layer has experts
     saved_us_launch: float | None  # against the variant `graph`, if that was measured before
+    over_graph: float | None  # its us over this one's: how many times as fast as `graph`
 
     @property
     def tokens_per_s(self) -> float:
@@ -128,6 +129,7 @@ def measure_rows(
             floor_us_layer=_marginal(floors, counts),
             distinct_experts=distinct,
             saved_us_launch=(graph_us - us[-1]) / launches if graph_us and launches else None,
+            over_graph=graph_us / us[-1] if graph_us else None,
         )
 
 
@@ -156,9 +158,9 @@ def _marginal(values: list[float], counts: tuple[int, ...]) -> float | None:
 
 HEADINGS = (
     "batch", "context", "variant", "tokens/s", "us a step", "floor", "MBU",
-    "us a layer", "floor", "saved/launch", "experts",
+    "us a layer", "floor", "saved/launch", "x graph", "experts",
 )  # fmt: skip
-WIDTHS = (5, 8, 15, 11, 11, 9, 7, 11, 9, 12, 8)
+WIDTHS = (5, 8, 15, 11, 11, 9, 7, 11, 9, 12, 8, 8)
 
 
 def cells(row: Row) -> list[str]:
@@ -170,7 +172,7 @@ def cells(row: Row) -> list[str]:
     return [
         str(row.batch), str(row.context), row.variant, number(row.tokens_per_s), number(row.us),
         number(row.floor_us), f"{row.mbu:.1%}", number(row.us_layer), number(row.floor_us_layer),
-        number(row.saved_us_launch, 2), number(row.distinct_experts),
+        number(row.saved_us_launch, 2), number(row.over_graph, 3), number(row.distinct_experts),
     ]  # fmt: skip
 
 

@@ -46,7 +46,7 @@ def settle(config: EngineConfig, model: ModelConfig, capability: Capability | No
         resolved = _without_fp8(resolved, model, capability)
     if resolved.activations == "fp8":
         _check_fp8_activations(resolved, model)
-    resolved = replace(resolved, backend=settle_backend(resolved, capability))
+    resolved = replace(resolved, backend=settle_backend(resolved, model, capability))
     return replace(
         resolved, pdl=settle_pdl(resolved, capability), cuda_graph=settle_cuda_graph(resolved)
     )

@@ -55,7 +55,8 @@ kernels() {
 
 engine() {
     local file test
-    for file in tests/test_gpu*.py tests/test_parity.py tests/test_identities.py; do
+    for file in tests/test_gpu*.py tests/test_fp8_activations.py tests/test_parity.py \
+        tests/test_identities.py; do
         check "$(basename "$file" .py)" "$file"
     done
     file=tests/kernels/test_engine_triton.py

@@ -27,7 +27,7 @@ docstrings (`minidsv/bench_table.py`, `minidsv/bench_rig.py`). Times are medians
 compulsory bytes over the bandwidth that was measured in the same run, MBU its share of the step's
 time, and a layer's numbers are the difference between models of two layer counts over the layers
 between (noise for `eager`, whose pace the host sets). *Saved a launch* is what a variant takes less
-than `graph`, over the launches of a step, in us.
+than `graph`, over the launches of a step, in us; *x graph*: how many times as fast as that it is.
 *x peer* is our time over that of another library's kernel, the two replayed in turn on the same
 inputs (`scripts/bench_peers.py`); `-` where none does the same, or ran.
 """
@@ -52,13 +52,24 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 def steps_table(result: Result) -> str:
     """A row a variant, batch and context."""
     headings = "batch, context, variant, tokens/s, us a step, floor, MBU, us a layer, floor"
-    headings += ", saved a launch, experts"
+    headings += ", saved a launch, x graph, experts"
+    graph_us = {
+        (row["batch"], row["context"]): row["us"]
+        for row in result["rows"]
+        if row["variant"] == "graph"
+    }
+
+    def over_graph(row: Result) -> float | None:
+        us = graph_us.get((row["batch"], row["context"]))
+        return us / row["us"] if us and row["variant"] != "eager" else None
+
     rows = [
         [
             row["batch"], row["context"], row["variant"], number(row["tokens_per_s"]),
             number(row["us"]), number(row["floor_us"]), percent(row["mbu"]),
             number(row["us_layer"]), number(row["floor_us_layer"]),
-            number(row["saved_us_launch"], 2), number(row["distinct_experts"]),
+            number(row["saved_us_launch"], 2), number(over_graph(row), 3),
+            number(row["distinct_experts"]),
         ]
         for row in result["rows"]
     ]  # fmt: skip

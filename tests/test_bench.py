@@ -82,6 +82,11 @@ def test_the_command_fails_if_variants_differ(
         (["--model", "/nowhere"], "/nowhere"),
         (["--json", "/nowhere/a.json"], "json: /nowhere/a.json"),
         (["--profile", "--plot", "/nowhere/a.png"], "plot: /nowhere/a.png"),
+        (["--json", ""], "json: ''"),
+        (["--json", "/"], "json: '/'"),
+        (["--profile", "--plot", "/tmp"], "plot: '/tmp'"),
+        (["--profile", "--plot", "a.foo"], "plot: 'a.foo' ends in none of"),
+        (["--batch", "9" * 20], "batch, context"),
         (["--max-num-batched-tokens", "64"], "max_num_batched_tokens: 64"),
     ],
 )

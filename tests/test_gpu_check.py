@@ -34,6 +34,11 @@ def test_the_tests_run_side_by_side_and_a_failure_is_told(tmp_path: Path) -> Non
     assert output.count("status 0: done") == len(calls) - 2 - 1  # install, versions
     for file in ("test_ran.py", "test_gpu.py", "test_engine_triton.py::test_logits"):
         assert sum(call.endswith(file) for call in calls) == 1
+    marker = "mark." + "gpu"
+    marked = [
+        p.name for p in SCRIPT.parents[1].glob("tests/**/test_*.py") if marker in p.read_text()
+    ]
+    assert {name for name in marked if not any(f"/{name}" in call for call in calls)} == set()
     assert (tmp_path / "out" / "test_ran.log").read_text() == "done\n"
 
 

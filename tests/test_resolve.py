@@ -62,6 +62,39 @@ TRITON = {"backend": "triton"}
 
 
 @pytest.mark.parametrize(
+    ("name", "value", "wanted"),
+    [
+        ("qk_rope_head_dim", 16, "qk_rope_head_dim of 32 or 64, and it is 16"),
+        ("index_head_dim", 64, "index_head_dim of 128, and it is 64"),
+        ("index_n_heads", 48, "index_n_heads of 8 or 16 or 32 or 64, and it is 48"),
+        ("kv_lora_rank", 384, "kv_lora_rank of 128 or 256 or 512, and it is 384"),
+        ("hidden_size", 7172, "hidden_size that 8 divides, and it is 7172"),
+        ("moe_intermediate_size", 100, "moe_intermediate_size that 8 divides, and it is 100"),
+        ("vocab_size", 600_000, "vocab_size up to 524288, and it is 600000"),
+        ("index_topk", 6000, "index_topk up to 4096, and it is 6000"),
+        ("max_position_embeddings", 2_000_000, "max_model_len up to 1048576, and it is 2000000"),
+    ],
+)
+def test_sizes_that_the_kernels_do_not_take(
+    name: str, value: int, wanted: str, packages: set[str]
+) -> None:
+    model = changed(V32, **{name: value})
+    config = EngineConfig(device="cuda:0", quantization="none", kv_cache_dtype="bfloat16")
+    assert settle(config, model, (9, 0)).backend == "torch"
+    with pytest.raises(ConfigError, match=f"^backend: 'triton' needs {wanted}; accepted here: "):
+        settle(replace(config, backend="triton"), model, (9, 0))
+
+
+def test_a_long_selection_matters_where_something_is_scored() -> None:
+    model = changed(V32, index_topk=6000)
+    for length, expected in ((8192, "triton"), (8193, "torch")):
+        config = EngineConfig(device="cuda:0", max_model_len=length)
+        assert settle(config, model, (9, 0)).backend == expected
+    model = changed(V32, index_topk=10_000)
+    assert settle(replace(config, max_model_len=10_000), model, (9, 0)).backend == "triton"
+
+
+@pytest.mark.parametrize(
     ("capability", "options", "expected"),
     [
         (None, {"device": "cpu"}, ("float32", "float32", "float32", "torch", "off")),
