@@ -1,4 +1,4 @@
-"""Every operator of the decode chain against the memory roofline, with PDL off and on.
+"""Operators of the decode chain against the memory roofline, with PDL off and on.
 
     python scripts/bench_kernels.py                        # all rows
     python scripts/bench_kernels.py --op moe --tokens 1 --plot roofline.png --json out.json
@@ -9,7 +9,8 @@ one launch in a CUDA graph of back-to-back launches over rotating buffers (cold 
 compulsory bytes over the time of the last mode; the peak is the read bandwidth measured first.
 Where another library does the same (bench_peers.py) and imports, it is held to our reference too;
 its time is the median of five runs in turn with ours, and "x peer" is ours over its. The last line
-is JSON.
+is JSON. Not here: `attention_prep`, norms inside projections, flat caches and dense MLPs; `minidsv
+bench --profile` times what a step launches.
 """
 
 import argparse
