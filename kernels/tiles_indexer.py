@@ -28,6 +28,8 @@ LONG_ROWS = (  # up to so many columns and rows: sift_topk, settle_topk (H200)
     (131_072, ANY, _of(4096, 2048, 8), _of(8192, 32, 16)),
     (1 << 20, ANY, _of(8192, 16384, 8), _of(8192, 128, 16)),
 )
+MAX_SCORES = LONG_ROWS[-1][0]  # of a row
+MAX_LONG_TOPK = LONG_ROWS[-1][3].block_n // 2  # of rows beyond CHUNK
 ALL_SLOTS_TILE = Tile(block_n=1024)
 
 ONE = Tile(1, 64, num_warps=4, num_stages=3)
@@ -56,7 +58,9 @@ def _long_row(m: int, dims: tuple[int, ...]) -> tuple[Tile, Tile]:
     for most_columns, most_rows, sift, settle in LONG_ROWS:
         if columns <= most_columns and m <= most_rows and 2 * k <= settle.block_n:
             return sift, settle
-    raise ValueError(f"top {k} of {columns} scores: want k <= 4096 and at most 1048576 scores")
+    raise ValueError(
+        f"top {k} of {columns} scores: want k <= {MAX_LONG_TOPK} and at most {MAX_SCORES} scores"
+    )
 
 
 def sift_topk(m: int, dims: tuple[int, ...]) -> Tile:

@@ -7,14 +7,12 @@ from minidsv.engine_config import EngineConfig
 from minidsv.errors import ConfigError
 from minidsv.kernels.pdl import PdlMode, is_arch_support_pdl
 from minidsv.kernels.quant import Activations
-from minidsv.kernels.tiles_indexer import CHUNK
+from minidsv.kernels.tiles_indexer import CHUNK, MAX_LONG_TOPK, MAX_SCORES
 
 Capability = tuple[int, int]  # CUDA compute capability
 MAX_GRID = 65535  # tokens of a step, on a grid's third axis
 TRITON_CAPABILITIES = ((8, 0), (9, 0), (10, 0))  # what the kernels are proved for
 MAX_VOCABULARY = 1 << 19  # ids that argmax merges
-MAX_SCORES = 1 << 20  # of a row that top-k takes
-MAX_LONG_TOPK = 4096  # that it finds in rows beyond CHUNK
 
 
 def settle_backend(config: EngineConfig, model: ModelConfig, capability: Capability | None) -> str:
@@ -52,10 +50,9 @@ def _missing_for_triton(config: EngineConfig, capability: Capability | None) -> 
 def _unfit_size(config: EngineConfig, model: ModelConfig) -> str | None:
     """The first of the model's sizes that the kernels do not take."""
     assert config.max_model_len is not None
-    rope = model.qk_rope_head_dim
     one_of: dict[str, tuple[int, ...]] = {
         "qk_rope_head_dim": (32, 64),
-        "index_head_dim": (2 * rope,),
+        "index_head_dim": (2 * model.qk_rope_head_dim,),
         "index_n_heads": (8, 16, 32, 64),
         "kv_lora_rank": (128, 256, 512),
     }

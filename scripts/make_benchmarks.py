@@ -53,22 +53,12 @@ def steps_table(result: Result) -> str:
     """A row a variant, batch and context."""
     headings = "batch, context, variant, tokens/s, us a step, floor, MBU, us a layer, floor"
     headings += ", saved a launch, x graph, experts"
-    graph_us = {
-        (row["batch"], row["context"]): row["us"]
-        for row in result["rows"]
-        if row["variant"] == "graph"
-    }
-
-    def over_graph(row: Result) -> float | None:
-        us = graph_us.get((row["batch"], row["context"]))
-        return us / row["us"] if us and row["variant"] != "eager" else None
-
     rows = [
         [
             row["batch"], row["context"], row["variant"], number(row["tokens_per_s"]),
             number(row["us"]), number(row["floor_us"]), percent(row["mbu"]),
             number(row["us_layer"]), number(row["floor_us_layer"]),
-            number(row["saved_us_launch"], 2), number(over_graph(row), 3),
+            number(row["saved_us_launch"], 2), number(row["over_graph"], 3),
             number(row["distinct_experts"]),
         ]
         for row in result["rows"]
