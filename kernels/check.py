@@ -58,14 +58,15 @@ class Case(NamedTuple):
 class Binary(NamedTuple):
     ptx: str
     cubin: bytes
-    shared: int  # bytes
+    shared: int  # bytes, static ones among them
     has_attribute: bool  # launch_pdl
 
     @classmethod
     def of(cls, compiled: Any) -> "Binary":
         """Of triton's CompiledKernel."""
         asm, metadata = compiled.asm, compiled.metadata
-        return cls(asm["ptx"], asm["cubin"], metadata.shared, metadata.launch_pdl)
+        shared = metadata.shared + ptx.static_shared(asm["ptx"])
+        return cls(asm["ptx"], asm["cubin"], shared, metadata.launch_pdl)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,10 @@ interleaved for GLM. Hm is the Hadamard matrix, fp8 one power-of-two scale a row
 rotation round to the inputs' dtype, the Hadamard product to bf16. Called by the indexer.
 """
 
+import functools
+from collections.abc import Callable
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
 
@@ -26,6 +30,23 @@ def apply_q_scale_and_softmax_scale(
     return (weights.unsqueeze(-1) * q_scale * softmax_scale).squeeze(-1)
 
 
+@functools.cache
+def folding(device_type: str) -> Callable[[Tensor, Tensor, float], Tensor]:
+    """apply_q_scale_and_softmax_scale as the references run it: compiled on CUDA, as the seed has
+    it, where torch can compile."""
+    if device_type != "cuda" or find_spec("triton") is None:
+        return apply_q_scale_and_softmax_scale
+    return torch.compile(apply_q_scale_and_softmax_scale, dynamic=True)
+
+
+@torch.inference_mode()
+def warm_up_folding(heads: int, softmax_scale: float, device: torch.device) -> None:
+    """Compile what any number of tokens needs: one, and more."""
+    for tokens in (1, 2):
+        weights = torch.ones(tokens, heads, device=device)
+        folding(device.type)(weights, weights.unsqueeze(-1), softmax_scale)
+
+
 def _rope_first(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     turned, rest = x.split((2 * cos.shape[1], x.shape[-1] - 2 * cos.shape[1]), -1)
     return torch.cat((apply_rope_ref(turned, cos, sin, interleaved), rest), -1)
@@ -40,13 +61,14 @@ def index_q_prep_ref(
     softmax_scale: float,
     head_scale: float,
     fp8: bool,
+    fold: Callable[[Tensor, Tensor, float], Tensor] = apply_q_scale_and_softmax_scale,
 ) -> tuple[Tensor, Tensor]:
     """index_q_prep in PyTorch."""
     q, gate = _rope_first(q, cos, sin, interleaved), gate * head_scale
     if not fp8:
         return q, gate * softmax_scale
     q, q_scale = rotate_quantize(q)
-    return q, apply_q_scale_and_softmax_scale(gate, q_scale, softmax_scale)
+    return q, fold(gate, q_scale, softmax_scale)
 
 
 def index_k_write_ref(
@@ -87,7 +109,10 @@ def index_q_prep(
     assert 2 * cos.shape[-1] <= q.shape[-1], f"cos {tuple(cos.shape)}, q {tuple(q.shape)}"
     mode = triton_mode(q, pdl)
     if mode is None:
-        return index_q_prep_ref(q, gate, cos, sin, interleaved, softmax_scale, head_scale, fp8)
+        fold = folding(q.device.type)
+        return index_q_prep_ref(
+            q, gate, cos, sin, interleaved, softmax_scale, head_scale, fp8, fold
+        )
     from minidsv.kernels import indexer_prep_triton
 
     return indexer_prep_triton.index_q_prep(

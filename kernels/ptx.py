@@ -19,6 +19,7 @@ _MEMORY |= {"applypriority", "tensormap", "call"}  # a call may do anything
 _OTHER_SPACES = {"param", "shared", "local", "const"}
 _NO_RESULT = {"bra", "brx", "ret", "exit", "trap", "st", "red", "prefetch", "bar", "barrier"}
 _LABEL = re.compile(r"^([$\w]+):(?!:)")
+_STATIC = re.compile(r"\.shared\s+\.align\s+\d+\s+\.b(\d+)\s+[\w$]+\[(\d+)\];")
 _REGISTER = re.compile(r"%[\w.$]+|[A-Za-z_$][\w$]*")
 _WIDTH = re.compile(r"^[bufse](\d+)$")
 
@@ -41,6 +42,11 @@ def parse(ptx: str) -> "PtxKernel":
         elif not statement.startswith("."):
             instructions.append(_instruction(statement, number))
     return PtxKernel(Listing(instructions, labels), parameters)
+
+
+def static_shared(ptx: str) -> int:
+    """Bytes of shared memory that the PTX declares itself, which Triton's metadata do not count."""
+    return sum(int(bits) // 8 * int(count) for bits, count in _STATIC.findall(ptx))
 
 
 def _statements(lines: list[str], number: int) -> Iterator[tuple[int, str]]:

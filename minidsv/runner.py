@@ -19,6 +19,7 @@ from minidsv.engine_config import EngineConfig
 from minidsv.errors import ConfigError
 from minidsv.graph import DecodeGraphs, batch_sizes, context_bounds
 from minidsv.kernels.constants import PAGE_SIZE
+from minidsv.kernels.indexer_prep import warm_up_folding
 from minidsv.kernels.rope_quant import RopeQuantBackend
 from minidsv.kv_cache import KVCache
 from minidsv.layers import Operators
@@ -100,6 +101,9 @@ class ModelRunner:
         self.runs_ahead = self.device.type == "cuda"
         self.counts = StepCounts()
         self.graphs: DecodeGraphs | None = None
+        if config.backend == "torch" and config.index_cache_dtype == "fp8":
+            heads, dim = model_config.index_n_heads, model_config.index_head_dim
+            warm_up_folding(heads, dim**-0.5, self.device)
         if config.cuda_graph == "on":
             self.graphs = self.decode_graphs()
             self._warm_up(self.graphs.bounds)

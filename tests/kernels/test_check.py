@@ -71,6 +71,12 @@ def test_without_pdl_there_is_no_wait() -> None:
     assert "griddepcontrol without PDL" in proof_of(planted.always_waits, "off").violations[0]
 
 
+def test_counters_in_static_shared_memory_are_counted() -> None:
+    """The top-k's, which its inline PTX declares."""
+    (spec,) = (spec for spec in SPECS if spec.name == "select_kernel")
+    assert build(Case(spec, spec.rows[-2])).shared > 4 * 2048
+
+
 def test_an_access_that_ptxas_moved_up_is_found() -> None:
     """The first load after ACQBULK, put before it: what the PTX cannot show."""
     spec = planted.spec(planted.weight_first)

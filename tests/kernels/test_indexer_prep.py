@@ -5,11 +5,14 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from compare import assert_close
+from minidsv.kernels import indexer_prep
 from minidsv.kernels.index_cache import read_index_k_buffer
 from minidsv.kernels.indexer_prep import (
     apply_q_scale_and_softmax_scale,
+    folding,
     index_k_write,
     index_q_prep,
+    warm_up_folding,
 )
 from minidsv.kernels.quant import hadamard
 
@@ -28,6 +31,29 @@ def test_scales_are_folded_by_one_dynamic_graph() -> None:
         want = weights * scale.squeeze(-1) * 128**-0.5
         assert torch.equal(compiled(weights, scale, 128**-0.5), want)
     assert counter.frame_count <= 2
+
+
+def test_the_folding_is_compiled_on_cuda_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And all that any number of tokens needs is compiled by the warm-up."""
+    folding.cache_clear()
+    assert folding("cpu") is apply_q_scale_and_softmax_scale
+    counter, compile_ = CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **kw: compile_(f, backend=counter, **kw))
+    monkeypatch.setattr(indexer_prep, "find_spec", lambda name: name)
+    folded = folding("cuda")
+    monkeypatch.setattr(indexer_prep, "folding", lambda _: folded)
+    torch.compiler.reset()
+    warm_up_folding(8, 0.5, torch.device("cpu"))
+    warm = counter.frame_count
+    assert 0 < warm <= 2
+    angle = torch.zeros(7, 32)
+    with torch.inference_mode():
+        for tokens in (1, 2, 7):
+            q, gate = randn(tokens, 8, 128), randn(tokens, 8)
+            rope = angle[:tokens].cos(), angle[:tokens].sin()
+            index_q_prep(q, gate, *rope, False, 0.5, 8**-0.5, True)
+    assert counter.frame_count == warm
+    folding.cache_clear()
 
 
 @pytest.mark.parametrize("interleaved", [True, False])
