@@ -3,8 +3,8 @@
 index_logits   dims (requests, max_seq_len, heads): block_m rows, block_n keys a program,
                `split` programs a row that take the blocks in turn
 select_topk    dims (columns, k): block_n >= both, the whole of a row, or CHUNK
-sift_topk      dims (columns, k): block_n scores a program, block_k in the row's sample
-settle_topk    dims (columns, k): block_n scores in the end, of up to block_k sifting programs
+select_long    dims (columns, k): block_m scores a program, `split` programs a row at most, block_k
+               scores in a row's sample, block_n in the end
 all_slots      dims (): block_n positions a program
 """
 
@@ -13,23 +13,17 @@ from dataclasses import replace
 from minidsv.kernels.tile import Rule, Tile
 
 SMS = 132
-
-
-def _of(block_n: int, block_k: int, num_warps: int) -> Tile:
-    return Tile(block_n=block_n, block_k=block_k, num_warps=num_warps)
-
-
 SELECT_WARPS = {1024: 2, 2048: 4, 4096: 8, 8192: 16}  # by scores in registers
-CHUNK = 8192  # a longer row takes two launches
+CHUNK = 8192  # a longer row takes several programs
 ANY = 1 << 30
-LONG_ROWS = (  # up to so many columns and rows: sift_topk, settle_topk (H200)
-    (32_768, ANY, _of(2048, 2048, 4), _of(4096, 16, 8)),
-    (131_072, 2, _of(4096, 8192, 16), _of(4096, 32, 8)),
-    (131_072, ANY, _of(4096, 2048, 8), _of(8192, 32, 16)),
-    (1 << 20, ANY, _of(8192, 16384, 8), _of(8192, 128, 16)),
+LONG_ROWS = (  # up to so many columns and rows (H200)
+    (32_768, ANY, Tile(2048, 4096, 2048, split=16, num_warps=16)),
+    (131_072, 2, Tile(4096, 4096, 8192, split=32, num_warps=16)),
+    (131_072, ANY, Tile(4096, 8192, 2048, split=32, num_warps=16)),
+    (1 << 20, ANY, Tile(8192, 8192, 8192, split=128, num_warps=16)),
 )
 MAX_SCORES = LONG_ROWS[-1][0]  # of a row
-MAX_LONG_TOPK = LONG_ROWS[-1][3].block_n // 2  # of rows beyond CHUNK
+MAX_LONG_TOPK = LONG_ROWS[-1][2].block_n // 2  # of rows beyond CHUNK
 ALL_SLOTS_TILE = Tile(block_n=1024)
 
 ONE = Tile(1, 64, num_warps=4, num_stages=3)
@@ -53,22 +47,14 @@ def select_topk(m: int, dims: tuple[int, ...]) -> Tile:
     return Tile(block_n=block, num_warps=SELECT_WARPS[block])
 
 
-def _long_row(m: int, dims: tuple[int, ...]) -> tuple[Tile, Tile]:
+def select_long(m: int, dims: tuple[int, ...]) -> Tile:
     columns, k = dims
-    for most_columns, most_rows, sift, settle in LONG_ROWS:
-        if columns <= most_columns and m <= most_rows and 2 * k <= settle.block_n:
-            return sift, settle
+    for most_columns, most_rows, tile in LONG_ROWS:
+        if columns <= most_columns and m <= most_rows and 2 * k <= tile.block_n:
+            return tile
     raise ValueError(
         f"top {k} of {columns} scores: want k <= {MAX_LONG_TOPK} and at most {MAX_SCORES} scores"
     )
-
-
-def sift_topk(m: int, dims: tuple[int, ...]) -> Tile:
-    return _long_row(m, dims)[0]
-
-
-def settle_topk(m: int, dims: tuple[int, ...]) -> Tile:
-    return _long_row(m, dims)[1]
 
 
 def all_slots(m: int, dims: tuple[int, ...]) -> Tile:
@@ -78,7 +64,6 @@ def all_slots(m: int, dims: tuple[int, ...]) -> Tile:
 TILES: dict[str, Rule] = {
     "index_logits": index_logits,
     "select_topk": select_topk,
-    "sift_topk": sift_topk,
-    "settle_topk": settle_topk,
+    "select_long": select_long,
     "all_slots": all_slots,
 }

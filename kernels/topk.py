@@ -65,13 +65,15 @@ def select_topk(
     block_table: Tensor,
     request_index: Tensor,
     pdl: PdlMode | None = None,
+    tickets: Tensor | None = None,
 ) -> Tensor:
     """The slots of each row's K best positions, by position: int64 [T, k], -1 padded.
 
     logits fp32 [T, S], whatever stands behind a row's seq_lens; seq_lens [T] int64, <= S;
     block_table [R, pages] int64 or int32, pages * 64 >= S; request_index [T] int64. `pdl`: None
     runs the reference, a mode the Triton kernels in that mode (CPU tensors: the reference), which
-    take k up to 8192, S up to 8192 or, with k up to 4096, 1048576, and load garbage, unused.
+    take k up to 8192, S up to 8192 or, with k up to 4096, 1048576, and load garbage, unused. There
+    S beyond 8192 takes `tickets`, int32 [T or more], zeros before and after; None: made for it.
     """
     _assert_rows(seq_lens, block_table, request_index, logits.shape[1])
     assert logits.dtype == torch.float32, f"logits {logits.dtype} is not float32"
@@ -82,7 +84,7 @@ def select_topk(
         return select_topk_ref(logits, seq_lens, k, block_table, request_index)
     from minidsv.kernels.topk_triton import select
 
-    return select(logits, seq_lens, k, block_table, request_index, mode)
+    return select(logits, seq_lens, k, block_table, request_index, tickets, mode)
 
 
 def all_slots(

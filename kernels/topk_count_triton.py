@@ -2,8 +2,8 @@
 
 In PTX, for Triton has no scatter into shared memory, and tl.histogram (3.6) takes 33 instructions a
 number for 32 bins; in the interpreter with tl.histogram. `counters` are an address in the one, of
-static shared memory, which Triton's metadata does not count, and the counts in the other: a block
-clears them, adds any number of times, and finds.
+static shared memory, which Triton's metadata does not count, and the counts in the other: a kernel
+makes `room` once, and a block clears them there, adds any number of times, and finds.
 """
 
 import triton
@@ -14,10 +14,13 @@ from minidsv.kernels.pdl import is_interpreted
 PTX = tl.constexpr(not is_interpreted())
 
 
+MOST_BITS = tl.constexpr(11)
+
+
 @triton.constexpr_function
 def bits_a_pass(block):
-    """Of a bin's number: 2048 bins, or as many as there are numbers."""
-    return min(block.bit_length() - 1, 11)
+    """Of a bin's number: MOST_BITS, or for as many bins as there are numbers."""
+    return min(block.bit_length() - 1, MOST_BITS)
 
 
 @triton.constexpr_function
@@ -26,11 +29,16 @@ def _by_four(count, line):
 
 
 @triton.constexpr_function
-def _clearing(own, threads):
-    """-> address: `own` counters a thread (a multiple of 4), room for 32 warps' sums, a result."""
-    return f"""{{ .shared .align 16 .b32 counters[{own * threads + 33}];
-    .reg .b32 mine, zero;
-    mov.u32 $0, counters; mov.u32 mine, %tid.x; mov.u32 zero, 0;
+def _making(words):
+    """-> address."""
+    return f"{{ .shared .align 16 .b32 counters[{words}]; mov.u32 $0, counters; }}"
+
+
+@triton.constexpr_function
+def _clearing(own):
+    """Address -> itself: `own` counters a thread, a multiple of 4."""
+    return f"""{{ .reg .b32 mine, zero;
+    mov.u32 $0, $1; mov.u32 mine, %tid.x; mov.u32 zero, 0;
     mad.lo.u32 mine, mine, {4 * own}, $0;
     {" ".join(_by_four(own, "st.shared.v4.b32 [mine+{at}], {{zero, zero, zero, zero}};"))}
     bar.sync 0; }}"""
@@ -94,14 +102,27 @@ def _finding(own, threads):
 
 
 @triton.jit
-def clear(BLOCK: tl.constexpr):
+def room():
+    """For the counters of one count at a time, the sums of 32 warps and a result."""
+    if PTX:
+        WORDS: tl.constexpr = (1 << MOST_BITS) + 33
+        at = tl.inline_asm_elementwise(
+            _making(WORDS), "=r", [], dtype=tl.int32, is_pure=False, pack=1
+        )
+    else:
+        at = 0
+    return at
+
+
+@triton.jit
+def clear(space, BLOCK: tl.constexpr):
     """Counters of no numbers, for BLOCK at a time."""
     BINS: tl.constexpr = 1 << bits_a_pass(BLOCK)
     if PTX:
         THREADS: tl.constexpr = tl.extra.cuda.num_threads()
         tl.static_assert(BINS // THREADS % 4 == 0, "a thread's counters come in fours")
         counters = tl.inline_asm_elementwise(
-            _clearing(BINS // THREADS, THREADS), "=r", [], dtype=tl.int32, is_pure=False, pack=1
+            _clearing(BINS // THREADS), "=r,r", [space], dtype=tl.int32, is_pure=False, pack=1
         )
     else:
         counters = tl.zeros((BINS,), tl.int32)

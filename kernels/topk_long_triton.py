@@ -1,10 +1,10 @@
 """Triton kernels under `select_topk` for rows of more scores than a program keeps in registers.
 
-Two launches. First each chunk's program finds, in the same sample of the row, a score that about
-`aim` > K of all are as good as, and writes those of its chunk, by position, padded to lines of
-LINE. Then one program a row gathers the lines and chooses exactly among them. Should there be fewer
-than K or more than it can hold (scores that repeat, or a sample that misleads), it goes through
-all scores instead: slowly, and exactly as well.
+Each chunk's program finds, in the same sample of the row, a score that about `aim` > K of all are
+as good as, and writes those of its chunk, by position, padded to lines of LINE. Then it takes a
+ticket, and who has a row's last gathers the lines and chooses exactly among them: what is chosen
+does not depend on who that is. Should there be fewer than K or more than it can hold (scores that
+repeat, or a sample that misleads), it goes through all scores instead: slowly, and exactly as well.
 """
 
 import math
@@ -21,7 +21,7 @@ from minidsv.kernels.launch_config import launch_config
 from minidsv.kernels.pdl import PdlMode
 from minidsv.kernels.tile import Tile
 from minidsv.kernels.tiles_indexer import LONG_ROWS
-from minidsv.kernels.topk_count_triton import add, bits_a_pass, clear, find_bin
+from minidsv.kernels.topk_count_triton import add, bits_a_pass, clear, find_bin, room
 from minidsv.kernels.topk_search_triton import (
     HIGHEST,
     bins_of,
@@ -38,7 +38,7 @@ RUN = tl.constexpr(8)  # neighbours in the sample: 32 bytes
 
 
 @triton.jit
-def _good(x, scores, n, aim, SAMPLE: tl.constexpr):
+def _good(x, scores, n, aim, space, SAMPLE: tl.constexpr):
     """Which of x are as good as about `aim` of a row's n scores, by a sample of them (with repeats
     where n < SAMPLE)."""
     i = tl.arange(0, SAMPLE)
@@ -47,40 +47,31 @@ def _good(x, scores, n, aim, SAMPLE: tl.constexpr):
     sample = load_scores(scores, where, where < n, n)
     share = aim.to(tl.float32) * SAMPLE / n
     least = tl.maximum(share.to(tl.int32), 1)
-    _, bound, _ = search(order(sample), least, (share * 0.06).to(tl.int32), SAMPLE)
+    _, bound, _ = search(order(sample), least, (share * 0.06).to(tl.int32), space, SAMPLE)
     return order(x) > bound
 
 
-@triton.jit(
-    do_not_specialize=["aim", "held", "chunks"],
-    do_not_specialize_on_alignment=["scores", "kept", "counts", "seq_lens"],
-)
-def _sift_kernel(
-    scores, kept, counts, seq_lens, aim, held, stride, stride_out, chunks,
-    CHUNK: tl.constexpr, SAMPLE: tl.constexpr, LINE: tl.constexpr, PDL: tl.constexpr,
+@triton.jit
+def _sift(
+    kept, counts, scores, n, first, chunk, aim, held, space,
+    CHUNK: tl.constexpr, SAMPLE: tl.constexpr, LINE: tl.constexpr,
 ):  # fmt: skip
     """One chunk's scores that may be among the best, all of them in rows of up to `held`."""
-    row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    first = chunk * CHUNK
     where = tl.arange(0, CHUNK)
-    pdl_begin(PDL)
-    n = tl.load(seq_lens + row).to(tl.int32)
     count = n * 0
     if first < n:
-        scores += row * stride
         x = load_scores(scores + first, where, first + where < n, n - first)
         good = x == x
         if n > held:
-            good = _good(x, scores, n, aim, SAMPLE)
+            good = _good(x, scores, n, aim, space, SAMPLE)
         place = places(good, CHUNK)
-        kept += row * stride_out + first
+        kept += first
         bits = x.to(tl.uint32, bitcast=True).to(tl.int64)
         tl.store(kept + place, (first + where).to(tl.int64) << 32 | bits, mask=good)
         count = tl.sum(tl.where(good, 1, 0), 0)
         line = tl.arange(0, LINE)
         tl.store(kept + count + line, ABSENT, mask=line < (LINE - count % LINE) % LINE)
-    tl.store(counts + row * chunks + chunk, count)
-    pdl_end(PDL)
+    tl.store(counts + chunk, count)
 
 
 @triton.jit
@@ -111,12 +102,12 @@ def _ordered(scores, first, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _threshold(scores, n, k, BLOCK: tl.constexpr):
+def _threshold(scores, n, k, space, BLOCK: tl.constexpr):
     """The k-th best of n > k scores in memory, ordered; how many of it are among the k best."""
     kth, shift, above = tl.full((), HIGHEST, tl.int32), tl.full((), 32, tl.int32), k * 0
     while shift > 0:
         shift = tl.maximum(shift - bits_a_pass(BLOCK), 0)
-        counters = clear(BLOCK)
+        counters = clear(space, BLOCK)
         for first in range(0, n, BLOCK):
             bins = bins_of(_ordered(scores, first, n, BLOCK), kth, shift, BLOCK)
             counters = add(counters, bins, BLOCK)
@@ -128,9 +119,9 @@ def _threshold(scores, n, k, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _go_through_all(slots, scores, table, n, k, BLOCK: tl.constexpr, PAGE: tl.constexpr):
+def _go_through_all(slots, scores, table, n, k, space, BLOCK: tl.constexpr, PAGE: tl.constexpr):
     """The slots of the k best of n > k scores in memory."""
-    kth, need = _threshold(scores, n, k, BLOCK)
+    kth, need = _threshold(scores, n, k, space, BLOCK)
     done, equal = k * 0, k * 0
     for start in range(0, n, BLOCK):
         where = start + tl.arange(0, BLOCK)
@@ -144,108 +135,119 @@ def _go_through_all(slots, scores, table, n, k, BLOCK: tl.constexpr, PAGE: tl.co
         equal += tl.sum(tl.where(same, 1, 0), 0)
 
 
+@triton.jit
+def _settle(
+    slots, kept, counts, scores, table, n, k, chunks, space,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, LINE: tl.constexpr,
+    PAGE: tl.constexpr,
+):  # fmt: skip
+    """The slots of a row's k best, then -1."""
+    x, position, kept_n, lines = _gathered(kept, counts, chunks, BLOCK, CHUNK, CHUNKS, LINE)
+    if (lines * LINE <= BLOCK) & (kept_n >= tl.minimum(n, k)):
+        slot = tl.load(table + position // PAGE).to(tl.uint32).to(tl.int64) * PAGE + position % PAGE
+        chosen, place = choose(x, kept_n, k, space, BLOCK)
+        tl.store(slots + place, slot, mask=chosen)
+    else:
+        _go_through_all(slots, scores, table, n, k, space, BLOCK, PAGE)
+    for start in range(n, k, BLOCK):
+        where = start + tl.arange(0, BLOCK)
+        tl.store(slots + where, -1, mask=where < k)
+
+
 @triton.jit(
-    do_not_specialize=["k", "chunks", "pages"],
+    do_not_specialize=["aim", "held", "k", "chunks", "pages"],
     do_not_specialize_on_alignment=[
         "scores", "kept", "counts", "seq_lens", "block_table", "request_index"
     ],
 )  # fmt: skip
-def _settle_kernel(
-    slots, scores, kept, counts, seq_lens, block_table, request_index,
-    k, stride, stride_out, chunks, pages,
-    BLOCK: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, LINE: tl.constexpr,
-    PAGE: tl.constexpr, PDL: tl.constexpr,
+def _select_long_kernel(
+    slots, scores, kept, counts, tickets, seq_lens, block_table, request_index,
+    aim, held, k, stride, stride_out, chunks, pages,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr, SAMPLE: tl.constexpr, CHUNKS: tl.constexpr,
+    LINE: tl.constexpr, PAGE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The slots of a row's k best, then -1."""
-    row = tl.program_id(0).to(tl.int64)
+    """One chunk of a row; the last to be done chooses among what all have kept."""
+    row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    scores += row * stride
+    kept += row * stride_out
+    counts += row * chunks
     pdl_begin(PDL)
-    table = block_table + tl.load(request_index + row).to(tl.int64) * pages
     n = tl.load(seq_lens + row).to(tl.int32)
-    slots += row * k
-    x, position, kept_n, lines = _gathered(
-        kept + row * stride_out, counts + row * chunks, chunks, BLOCK, CHUNK, CHUNKS, LINE
-    )
-    if (lines * LINE <= BLOCK) & (kept_n >= tl.minimum(n, k)):
-        slot = tl.load(table + position // PAGE).to(tl.uint32).to(tl.int64) * PAGE + position % PAGE
-        chosen, place = choose(x, kept_n, k, BLOCK)
-        tl.store(slots + place, slot, mask=chosen)
-    else:
-        _go_through_all(slots, scores + row * stride, table, n, k, BLOCK, PAGE)
-    for start in range(n, k, BLOCK):
-        where = start + tl.arange(0, BLOCK)
-        tl.store(slots + where, -1, mask=where < k)
+    space = room()
+    first = chunk * CHUNK
+    _sift(kept, counts, scores, n, first, chunk, aim, held, space, CHUNK, SAMPLE, LINE)
+    tl.debug_barrier()  # every thread's stores are before its program's ticket
+    before = tl.atomic_add(tickets + row, 1, sem="acq_rel", scope="gpu")
+    if before == chunks - 1:
+        tl.store(tickets + row, 0)
+        table = block_table + tl.load(request_index + row).to(tl.int64) * pages
+        slots += row * k
+        _settle(
+            slots, kept, counts, scores, table, n, k, chunks, space,
+            BLOCK, CHUNK, CHUNKS, LINE, PAGE,
+        )  # fmt: skip
     pdl_end(PDL)
 
 
-_Arguments = dict[str, str | int | float]
-_KEPT: _Arguments = {
-    "scores": "*fp32", "kept": "*i64", "counts": "*i32",
-    "seq_lens": "*i64", "stride": "i32:16", "stride_out": "i32:16", "chunks": "i32",
-    "LINE": LINE,
-}  # fmt: skip
-
-
-def _sift_row(tile: Tile) -> Row:
-    more: _Arguments = {"aim": "i32", "held": "i32", "CHUNK": tile.block_n, "SAMPLE": tile.block_k}
-    return Row(_KEPT | more, tile.num_warps)
-
-
-def _settle_row(sift: Tile, tile: Tile, table: str = "*i64") -> Row:
-    more: _Arguments = {
-        "slots": "*i64:16", "block_table": table, "request_index": "*i64", "k": "i32",
-        "pages": "i32", "BLOCK": tile.block_n, "CHUNK": sift.block_n, "CHUNKS": tile.block_k,
-        "PAGE": PAGE_SIZE,
+def _sizes(tile: Tile) -> dict[str, int]:
+    return {
+        "BLOCK": tile.block_n, "CHUNK": tile.block_m, "SAMPLE": tile.block_k,
+        "CHUNKS": tile.split, "LINE": LINE, "PAGE": PAGE_SIZE,
     }  # fmt: skip
-    return Row(_KEPT | more, tile.num_warps)
 
 
-SIFT = KernelSpec(_sift_kernel, tuple(_sift_row(sift) for *_, sift, _ in LONG_ROWS))
-SETTLE = KernelSpec(
-    _settle_kernel,
-    (
-        *(_settle_row(sift, settle) for *_, sift, settle in LONG_ROWS),
-        _settle_row(*LONG_ROWS[0][2:], table="*i32"),
-    ),
+def _row(tile: Tile, table: str = "*i64") -> Row:
+    types: dict[str, str | int | float] = {
+        "slots": "*i64:16", "scores": "*fp32", "kept": "*i64", "counts": "*i32",
+        "tickets": "*i32:16", "seq_lens": "*i64", "block_table": table, "request_index": "*i64",
+        "stride": "i32:16", "stride_out": "i32:16",
+    }  # fmt: skip
+    types |= dict.fromkeys(("aim", "held", "k", "chunks", "pages"), "i32")
+    return Row(types | _sizes(tile), tile.num_warps)
+
+
+SELECT_LONG = KernelSpec(
+    _select_long_kernel,
+    (*(_row(tile) for *_, tile in LONG_ROWS), _row(LONG_ROWS[0][2], table="*i32")),
 )
-SPECS = (SIFT, SETTLE)
-
-
-def sift(
-    logits: Tensor, seq_lens: Tensor, k: int, mode: PdlMode
-) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """What may be among the k best of each row: positions and scores [T, chunks * CHUNK], each
-    chunk's one after another, their counts [T, chunks], and what settling shares with this."""
-    rows, columns = logits.shape
-    tile = launch_config("sift_topk", rows, (columns, k))
-    held = launch_config("settle_topk", rows, (columns, k)).block_n
-    chunks = -(-columns // tile.block_n)
-    kept = torch.empty(rows, chunks * tile.block_n, dtype=torch.int64, device=logits.device)
-    counts = torch.empty(rows, chunks, dtype=torch.int32, device=logits.device)
-    args = {
-        "scores": logits,
-        "kept": kept,
-        "counts": counts,
-        "seq_lens": seq_lens,
-        "stride": logits.stride(0),
-        "stride_out": kept.stride(0),
-        "chunks": chunks,
-        "CHUNK": tile.block_n,
-        "LINE": LINE,
-    }
-    room = held - chunks * LINE // 2
-    aim = (math.isqrt(k * room) + (k + room) // 2) // 2  # a sample errs as far down as up
-    sizes = {"aim": aim, "held": held, "SAMPLE": tile.block_k}
-    SIFT.launch((rows, chunks), mode, args | sizes, tile.num_warps)
-    return kept, counts, args
+SPECS = (SELECT_LONG,)
 
 
 def select_long(
-    logits: Tensor, k: int, tables: dict[str, Any], slots: Tensor, mode: PdlMode
-) -> None:
-    """The selection from rows of any length; `tables`: seq_lens, block_table and the like."""
-    rows, columns = logits.shape
-    tile = launch_config("settle_topk", rows, (columns, k))
-    _, counts, args = sift(logits, tables["seq_lens"], k, mode)
-    assert counts.shape[1] <= tile.block_k, f"{columns} scores a row, k {k}"
-    args |= tables | {"slots": slots, "k": k, "BLOCK": tile.block_n, "CHUNKS": tile.block_k}
-    SETTLE.launch((rows,), mode, args, tile.num_warps)
+    logits: Tensor,
+    k: int,
+    tables: dict[str, Any],
+    slots: Tensor,
+    tickets: Tensor | None,
+    mode: PdlMode,
+) -> Tensor:
+    """The selection from rows of any length; `tables`: seq_lens, block_table and the like.
+
+    Returns how many scores each chunk's program kept, int32 [T, chunks].
+    """
+    (rows, columns), device = logits.shape, logits.device
+    tile = launch_config("select_long", rows, (columns, k))
+    chunk, held, chunks = tile.block_m, tile.block_n, -(-columns // tile.block_m)
+    assert chunks <= tile.split, f"{columns} scores a row, k {k}"
+    if tickets is None:
+        tickets = torch.zeros(rows, dtype=torch.int32, device=device)
+    assert tickets.dtype == torch.int32, f"tickets {tickets.dtype}"
+    assert len(tickets) >= rows, f"tickets {tuple(tickets.shape)} for {rows} rows"
+    kept = torch.empty(rows, chunks * chunk, dtype=torch.int64, device=device)
+    counts = torch.empty(rows, chunks, dtype=torch.int32, device=device)
+    room = held - chunks * LINE // 2
+    args = tables | {
+        "slots": slots,
+        "scores": logits,
+        "kept": kept,
+        "counts": counts,
+        "tickets": tickets,
+        "aim": (math.isqrt(k * room) + (k + room) // 2) // 2,  # a sample errs both ways alike
+        "held": held,
+        "k": k,
+        "stride": logits.stride(0),
+        "stride_out": kept.stride(0),
+        "chunks": chunks,
+    }
+    SELECT_LONG.launch((rows, chunks), mode, args | _sizes(tile), tile.num_warps)
+    return counts

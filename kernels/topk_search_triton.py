@@ -38,7 +38,7 @@ def bins_of(u, top, shift, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def search(u, k, slack, BLOCK: tl.constexpr):
+def search(u, k, slack, space, BLOCK: tl.constexpr):
     """(kth, bound, found): the k best of u and up to `slack` more are above the bound, if found.
 
     Else kth is the k-th best, and the bound just below it.
@@ -46,7 +46,7 @@ def search(u, k, slack, BLOCK: tl.constexpr):
     kth, shift, found = tl.full((), HIGHEST, tl.int32), tl.full((), 32, tl.int32), k * 0
     while (shift > 0) & (found == 0):
         shift = tl.maximum(shift - bits_a_pass(BLOCK), 0)
-        counters = add(clear(BLOCK), bins_of(u, kth, shift, BLOCK), BLOCK)
+        counters = add(clear(space, BLOCK), bins_of(u, kth, shift, BLOCK), BLOCK)
         bin, found = find_bin(counters, k, slack, BLOCK)
         kth -= bin << shift
     return kth, kth - (1 << shift), found
@@ -74,12 +74,12 @@ def places(chosen, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def choose(x, n, k, BLOCK: tl.constexpr):
+def choose(x, n, k, space, BLOCK: tl.constexpr):
     """Which of the n scores in x are the k best; their places."""
     chosen = x == x
     if n > k:
         u = order(x)
-        kth, bound, found = search(u, k, 0, BLOCK)
+        kth, bound, found = search(u, k, 0, space, BLOCK)
         chosen = u > bound
         if found == 0:
             equal = u == kth

@@ -18,6 +18,7 @@ from minidsv.kernels.launch import KernelSpec, Row, pdl_begin, pdl_end
 from minidsv.kernels.launch_config import launch_config
 from minidsv.kernels.pdl import PdlMode
 from minidsv.kernels.tiles_indexer import ALL_SLOTS_TILE, SELECT_WARPS
+from minidsv.kernels.topk_count_triton import room
 from minidsv.kernels.topk_long_triton import select_long
 from minidsv.kernels.topk_search_triton import choose, load_scores
 
@@ -40,7 +41,7 @@ def _select_kernel(
     tl.debug_barrier()  # the scores are on their way before a page has to wait for the request
     table = block_table + request * pages
     page = tl.load(table + where // PAGE, mask=where < columns, other=0).to(tl.uint32)
-    chosen, place = choose(x, n, k, BLOCK)
+    chosen, place = choose(x, n, k, room(), BLOCK)
     slot = page.to(tl.int64) * PAGE + where % PAGE
     tl.store(slots + row * k + place, slot, mask=chosen)
     if n < k:
@@ -103,6 +104,7 @@ def select(
     k: int,
     block_table: Tensor,
     request_index: Tensor,
+    tickets: Tensor | None,
     mode: PdlMode,
 ) -> Tensor:
     """logits [T, S] -> slots int64 [T, k]."""
@@ -112,7 +114,7 @@ def select(
     slots = torch.empty(rows, k, dtype=torch.int64, device=logits.device)
     tile = launch_config("select_topk", rows, (columns, k))
     if columns > tile.block_n:
-        select_long(logits, k, tables, slots, mode)
+        select_long(logits, k, tables, slots, tickets, mode)
         return slots
     assert k <= tile.block_n, f"k {k} is above {tile.block_n}"
     args = {

@@ -16,8 +16,9 @@ from torch import Tensor
 from minidsv.batch import StepBatch
 from minidsv.config import ModelConfig
 from minidsv.kernels.attention_prep import IndexKeys, IndexQueries
-from minidsv.kernels.indexer_logits import chunk_rows, paged_index_logits
+from minidsv.kernels.indexer_logits import CHUNK_SCORES, chunk_rows, paged_index_logits
 from minidsv.kernels.pdl import PdlMode
+from minidsv.kernels.tiles_indexer import CHUNK
 from minidsv.kernels.topk import select_topk
 from minidsv.layers import LayerWeights
 
@@ -36,6 +37,8 @@ class Indexer:
         self.weights_proj = weights["indexer.weights_proj"].data
         self.k_norm = weights["indexer.k_norm"].data
         self.k_norm_bias = weights["indexer.k_norm_bias"].data
+        most = CHUNK_SCORES // CHUNK  # rows scored at a time that need one
+        self.tickets = torch.zeros(most, dtype=torch.int32, device=cache.device)
 
     def keys(self, k: Tensor) -> IndexKeys:
         """k [T, D] = wk x, to be cached; every token's, also when no step scores them yet."""
@@ -63,5 +66,5 @@ class Indexer:
         logits = paged_index_logits(
             q, gate, self.cache, step.block_table, seq_lens, request_index, step.max_seq_len, pdl
         )
-        k = self.config.index_topk
-        return select_topk(logits, seq_lens, k, step.block_table, request_index, pdl)
+        k, table = self.config.index_topk, step.block_table
+        return select_topk(logits, seq_lens, k, table, request_index, pdl, self.tickets)

@@ -55,8 +55,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Up to 128 scores a program in the interpreter, where a thousand take seconds."""
     if is_interpreted():
         monkeypatch.setitem(RULES, "select_topk", lambda m, dims: Tile(block_n=128))
-        monkeypatch.setitem(RULES, "sift_topk", lambda m, dims: Tile(block_n=128, block_k=128))
-        monkeypatch.setitem(RULES, "settle_topk", lambda m, dims: Tile(block_n=128, block_k=4))
+        monkeypatch.setitem(RULES, "select_long", lambda m, dims: Tile(128, 128, 128, split=4))
 
 
 def check(logits: Tensor, seq_lens: Tensor, k: int, table: Tensor, request_index: Tensor) -> None:
@@ -112,14 +111,37 @@ def test_the_sample_is_representative(
     kind: str, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is sifted holds the best and can be held: no row is gone through twice."""
-    from minidsv.kernels.topk_long_triton import LINE, sift
+    from minidsv.kernels.topk_long_triton import LINE, select_long
 
     small_tiles(monkeypatch)
     logits = KINDS[kind](torch.randn(4, width, generator=generator(7))).to(DEVICE)
-    _, counts, _ = sift(logits, torch.full((4,), width, device=DEVICE), K, "off")
+    rows = torch.arange(4, device=DEVICE)
+    tables = {
+        "seq_lens": torch.full((4,), width, device=DEVICE),
+        "block_table": table_of(4, width // 64).to(DEVICE),
+        "request_index": rows,
+        "pages": width // 64,
+    }
+    slots = torch.empty(4, K, dtype=torch.int64, device=DEVICE)
+    counts = select_long(logits, K, tables, slots, None, "off")
     lines = (counts + LINE - 1) // LINE
     assert int(counts.sum(1).min()) >= K
-    assert int(lines.sum(1).max()) * LINE <= RULES["settle_topk"](4, (width, K)).block_n
+    assert int(lines.sum(1).max()) * LINE <= RULES["select_long"](4, (width, K)).block_n
+
+
+def test_tickets_are_left_as_they_were_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that launch after launch can take the same; rows are fewer, and some of them empty."""
+    small_tiles(monkeypatch)
+    width = 192 if is_interpreted() else 40960
+    logits = torch.randn(3, width, generator=generator(8))
+    table, request_index = table_of(1, width // 64), torch.zeros(3, dtype=torch.int64)
+    tickets = torch.zeros(5, dtype=torch.int32, device=DEVICE)
+    for lens in ((width, 0, K + 1), (1, width - 1, width // 2)):
+        args = (logits, torch.tensor(lens), K, table, request_index)
+        on_device = [x.to(DEVICE) if isinstance(x, Tensor) else x for x in args]
+        got = select_topk(*on_device, pdl=MODES[-1], tickets=tickets)
+        assert torch.equal(got.cpu(), select_topk_ref(*args))
+        assert not tickets.any()
 
 
 @pytest.mark.skipif(is_interpreted(), reason="the reference's own rows")
@@ -145,21 +167,18 @@ def test_all_slots(width: int, dtype: torch.dtype) -> None:
 
 
 def test_every_tile_has_a_row() -> None:
-    from minidsv.kernels.topk_long_triton import SETTLE, SIFT
+    from minidsv.kernels.topk_long_triton import SELECT_LONG
     from minidsv.kernels.topk_triton import SELECT
 
     blocks = {row.arguments["BLOCK"] for row in SELECT.rows}
-    sifts = {(row.arguments["CHUNK"], row.arguments["SAMPLE"]) for row in SIFT.rows}
-    names = ("BLOCK", "CHUNK", "CHUNKS")
-    settles = {tuple(row.arguments[name] for name in names) for row in SETTLE.rows}
+    names = ("CHUNK", "BLOCK", "SAMPLE", "CHUNKS")
+    long = {(*(row.arguments[n] for n in names), row.num_warps) for row in SELECT_LONG.rows}
     for k in (1, 64, 2048, 4096):
         for columns in (1, 1000, 4096, 8192):
             tile = tiles_indexer.select_topk(1, (columns, k))
             assert tile.block_n >= max(columns, k)
             assert tile.block_n in blocks
         for columns, m in itertools.product((8193, 32_768, 40_000, 131_073, 1 << 20), (1, 9)):
-            sift = tiles_indexer.sift_topk(m, (columns, k))
-            settle = tiles_indexer.settle_topk(m, (columns, k))
-            assert (sift.block_n, sift.block_k) in sifts
-            assert (settle.block_n, sift.block_n, settle.block_k) in settles
-            assert sift.block_n * settle.block_k >= columns
+            t = tiles_indexer.select_long(m, (columns, k))
+            assert (t.block_m, t.block_n, t.block_k, t.split, t.num_warps) in long
+            assert t.block_m * t.split >= columns
