@@ -97,7 +97,7 @@ def attention(d: Dims, m: int) -> Iterator[Case]:
             where = torch.randperm(slots, device="cuda", generator=generator)
             indices = where[: m * d.index_topk].view(m, d.index_topk)
             scale = (d.nope + r) ** -0.5
-            return lambda pdl: sparse_mla(q, q_pe, cache, indices, scale, pdl=pdl)
+            return Launch(sparse_mla, q, q_pe, cache, indices, scale)
 
         return build
 
@@ -191,7 +191,7 @@ def experts(d: Dims, m: int) -> Iterator[Case]:
     def select(seed: int) -> Run:
         logits = normal(seed, m, d.experts, dtype=torch.float32)
         bias = normal(seed + 1, d.experts, dtype=torch.float32) * 0.1
-        return lambda pdl: grouped_topk(logits, bias, **options, pdl=pdl)
+        return Launch(grouped_topk, logits, bias, **options)
 
     def both(seed: int) -> Run:
         x, w = normal(seed, m, d.hidden), normal(seed + 1, d.experts, d.hidden)

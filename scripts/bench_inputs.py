@@ -1,6 +1,6 @@
-"""What a benchmark's row is, the sizes it is taken at, and its inputs from a seed."""
+"""What a benchmark's row and its peer are, the sizes it is taken at, and its inputs from a seed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -58,6 +58,15 @@ class Case(NamedTuple):
     shape: str
     cost: tuple[int, int]  # compulsory bytes, FLOPs
     build: Callable[[int], Run]
+    tolerance: float = ROUNDED
+
+
+class Peer(NamedTuple):
+    """A library's way to compute what one of our operators does."""
+
+    name: str
+    launch: Callable[[], object]
+    outputs: Callable[[], Sequence[Tensor]]  # of a launch, in our operator's layout
     tolerance: float = ROUNDED
 
 

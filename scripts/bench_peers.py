@@ -2,23 +2,26 @@
 
     DeepGEMM (sgl-deep-gemm 0.1.4)  FP8 projections, experts, index logits
     FlashInfer 0.6.12               norms, rotation and quantisation of MLA
+    sglang-kernel 0.4.4             sparse MLA (FlashMLA), selections and more: bench_peers_sgl.py
     torch                           BF16 products, top-k
 
-Each is timed as its users call it in a decode graph, but without what they launch around it: the
+Where several compute the same, the fastest is the peer, and the others are kept beside it. Each is
+timed as its users call it in a decode graph, but without what they launch around it: the
 activations of DeepGEMM's products come quantised, its experts are the two grouped products alone,
 without activation and combination, and its index logits have their schedule.
 """
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench_inputs import FP8, ROUNDED, Launch, Run, relative_error, tensors
+import bench_peers_sgl as sgl
+from bench_inputs import FP8, Launch, Peer, Run, relative_error, tensors
 from bench_timing import interleaved_us
 from minidsv.kernels.absorb import absorb_q, absorb_v
 from minidsv.kernels.constants import PAGE_SIZE
@@ -29,20 +32,12 @@ from minidsv.kernels.norm import add_rms_norm, rms_norm
 from minidsv.kernels.pdl import PdlMode
 from minidsv.kernels.quant import per_token_group_quant_fp8
 from minidsv.kernels.rope_quant import mla_rope_quantize_fp8
-from minidsv.kernels.router import router_gemm
+from minidsv.kernels.router import grouped_topk, router_gemm
+from minidsv.kernels.sparse_mla import sparse_mla
 from minidsv.kernels.topk import select_topk
 
 QUANTISED = 6e-2  # relative L2 where activations are e4m3 too: about 0.026 a product
 MASKED_ROWS = 128  # DeepGEMM's largest block of rows in a masked product
-
-
-class Peer(NamedTuple):
-    """A library's way to compute what one of our operators does."""
-
-    name: str
-    launch: Callable[[], object]
-    outputs: Callable[[], Sequence[Tensor]]  # of a launch, in our operator's layout
-    tolerance: float = ROUNDED
 
 
 def deep_gemm() -> Any:
@@ -269,17 +264,20 @@ def rope_quantize(
     return Peer("flashinfer.mla_rope_quantize_fp8", launch, outputs, FP8)
 
 
-PEERS: dict[Callable[..., object], Callable[..., Peer]] = {
-    fused_linear: linear,
-    moe_experts: experts,
-    paged_index_logits: index_logits,
-    select_topk: topk,
-    router_gemm: router,
-    absorb_q: lambda x, weight: absorbed(x, weight, turned=False),
-    absorb_v: lambda x, weight: absorbed(x, weight, turned=True),
-    rms_norm: norm,
-    add_rms_norm: add_norm,
-    mla_rope_quantize_fp8: rope_quantize,
+PEERS: dict[Callable[..., object], tuple[Callable[..., Peer], ...]] = {
+    fused_linear: (linear,),
+    moe_experts: (experts,),
+    paged_index_logits: (index_logits,),
+    select_topk: (topk, sgl.topk),
+    sparse_mla: (sgl.flash_mla,),
+    router_gemm: (router, sgl.router),
+    grouped_topk: (sgl.fused_gate,),
+    absorb_q: (lambda x, weight: absorbed(x, weight, turned=False),),
+    absorb_v: (lambda x, weight: absorbed(x, weight, turned=True),),
+    rms_norm: (norm,),
+    add_rms_norm: (add_norm,),
+    mla_rope_quantize_fp8: (rope_quantize,),
+    per_token_group_quant_fp8: (sgl.group_quant,),
 }
 
 
@@ -291,25 +289,41 @@ class PeerTime:
     us: float
     ours_us: float  # in turn with it
     error: float  # relative L2 against our reference
+    others: tuple["PeerTime", ...] = ()  # slower ones
 
 
 class Refused(Exception):
     """There is no figure of this peer here; says why."""
 
 
-def peer_time(runs: Sequence[Run], mode: PdlMode) -> PeerTime | None:
-    """The peer of these runs held to our reference, then both timed in turn; None without one.
+def peer_time(runs: Sequence[Run], mode: PdlMode) -> tuple[PeerTime | None, list[str]]:
+    """The fastest peer of these runs beside our operator, if any has a figure, and why others
+    have none."""
+    ours = [run for run in runs if isinstance(run, Launch) and run.op in PEERS]
+    if not ours:
+        return None, []
+    want = [t.clone() for t in tensors(ours[0](None))]
+    times, refusals = list[PeerTime](), list[str]()
+    for build in PEERS[ours[0].op]:
+        try:
+            times.append(timed(build, ours, want, mode))
+        except Refused as refused:
+            refusals.append(str(refused))
+    times.sort(key=lambda time: time.us / time.ours_us)  # ours ran as hot
+    return (replace(times[0], others=tuple(times[1:])) if times else None), refusals
+
+
+def timed(
+    build: Callable[..., Peer], ours: Sequence[Launch], want: Sequence[Tensor], mode: PdlMode
+) -> PeerTime:
+    """A peer held to `want`, our reference of the first of its runs, then both timed in turn.
 
     Raises Refused, whatever goes wrong inside the other library.
     """
-    ours = [run for run in runs if isinstance(run, Launch) and run.op in PEERS]
-    if not ours:
-        return None
-    want = [t.clone() for t in tensors(ours[0](None))]
     try:
-        peers = [PEERS[run.op](*run.args, **run.options) for run in ours]
+        peers = [build(*run.args, **run.options) for run in ours]
         got = [t.to(w.dtype) for t, w in zip(peers[0].outputs(), want, strict=True)]
-        error = relative_error(got, want)
+        error = relative_error(got, list(want))
         if not error <= peers[0].tolerance:
             raise Refused(f"{peers[0].name}: relative L2 {error:.3g} against our reference")
         launches = [functools.partial(run, mode) for run in ours]

@@ -45,7 +45,7 @@ def norms(d: Dims, m: int) -> Iterator[Case]:
 
     def groups(seed: int) -> Run:
         x = normal(seed, m, d.hidden)
-        return lambda pdl: per_token_group_quant_fp8(x, pdl=pdl)
+        return Launch(per_token_group_quant_fp8, x)
 
     def greedy(seed: int) -> Run:
         logits = normal(seed, m, d.vocab, dtype=torch.float32)

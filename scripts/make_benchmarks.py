@@ -28,8 +28,9 @@ compulsory bytes over the bandwidth that was measured in the same run, MBU its s
 time, and a layer's numbers are the difference between models of two layer counts over the layers
 between (noise for `eager`, whose pace the host sets). *Saved a launch* is what a variant takes less
 than `graph`, over the launches of a step, in us; *x graph*: how many times as fast as that it is.
-*x peer* is our time over that of another library's kernel, the two replayed in turn on the same
-inputs (`scripts/bench_peers.py`); `-` where none does the same, or ran.
+*x peer* is our time over that of another library's kernel, of several the fastest, the two
+replayed in turn on the same inputs (`scripts/bench_peers.py`); `-` where none does the same, or
+ran.
 """
 NOTHING = "Nothing was measured on a GPU yet: `docs/results/` holds no run."
 Result = dict[str, Any]

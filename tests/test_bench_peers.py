@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
@@ -12,9 +13,9 @@ from torch import Tensor
 
 import bench_kernels
 import bench_peers
-from bench_inputs import Case, Launch, Run, relative_error, tensors
+from bench_inputs import Case, Launch, Peer, Run, relative_error, tensors
 from bench_kernels import measure, report
-from bench_peers import PEERS, PeerTime, Refused, peer_time
+from bench_peers import PEERS, PeerTime, Refused, peer_time, timed
 from minidsv.kernels.absorb import absorb_q, absorb_v
 from minidsv.kernels.gemm import Segment, fused_linear
 from minidsv.kernels.index_cache import fp8_page_bytes, read_index_k_buffer
@@ -145,17 +146,27 @@ LAUNCHES = [
 ]  # fmt: skip
 
 
+def peers_of(module: str, launches: list[Launch]) -> list[tuple[Launch, Callable[..., Peer]]]:
+    """The launches with each peer that the module has for them."""
+    pairs = [(launch, build) for launch in launches for build in PEERS[launch.op]]
+    return [(launch, build) for launch, build in pairs if build.__module__ == module]
+
+
 def test_every_peer_has_a_launch() -> None:
-    assert {launch.op for launch in LAUNCHES} == set(PEERS)
+    here = {build for _, build in peers_of("bench_peers", LAUNCHES)}
+    assert here == {p for ps in PEERS.values() for p in ps if p.__module__ == "bench_peers"}
 
 
-@pytest.mark.parametrize("launch", LAUNCHES, ids=lambda launch: launch.op.__name__)
-def test_a_peer_computes_the_same(launch: Launch) -> None:
-    time = peer_time([launch], "off")
-    assert time is not None
-    assert (time.us, time.ours_us) == (2.0, 3.0)
-    got = PEERS[launch.op](*launch.args).outputs()
+@pytest.mark.parametrize(
+    ("launch", "build"),
+    peers_of("bench_peers", LAUNCHES),
+    ids=lambda part: getattr(part, "__name__", ""),
+)
+def test_a_peer_computes_the_same(launch: Launch, build: Callable[..., Peer]) -> None:
     want = tensors(launch(None))
+    time = timed(build, [launch], want, "off")
+    assert (time.us, time.ours_us) == (2.0, 3.0)
+    got = build(*launch.args).outputs()
     assert time.error == relative_error(
         [g.to(w.dtype) for g, w in zip(got, want, strict=True)], want
     )
@@ -163,7 +174,7 @@ def test_a_peer_computes_the_same(launch: Launch) -> None:
 
 def test_an_operator_without_a_peer() -> None:
     runs: list[Run] = [lambda pdl: None, Launch(print)]
-    assert peer_time(runs, "off") is None
+    assert peer_time(runs, "off") == (None, [])
 
 
 @pytest.mark.parametrize(
@@ -179,13 +190,17 @@ def test_a_peer_that_does_not_work_is_refused(
     monkeypatch.setattr(sys.modules["deep_gemm"], attribute, value)
     launch = Launch(fused_linear, randn(5, 256), [segment(256)])
     with pytest.raises(Refused, match=message):
-        peer_time([launch], "off")
+        timed(*PEERS[fused_linear], [launch], tensors(launch(None)), "off")
+    peer, (reason,) = peer_time([launch], "off")
+    assert peer is None
+    assert message in reason
 
 
 def test_a_library_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "deep_gemm", None)
-    with pytest.raises(Refused, match="ModuleNotFoundError: import of deep_gemm halted"):
-        peer_time([LAUNCHES[0]], "off")
+    peer, (reason,) = peer_time([LAUNCHES[0]], "off")
+    assert peer is None
+    assert reason.startswith("ModuleNotFoundError: import of deep_gemm halted")
 
 
 def test_a_row_with_and_without_its_peer(
@@ -207,4 +222,6 @@ def test_a_row_with_and_without_its_peer(
     assert report(rows[0], 3000.0).endswith("x")
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1
-    assert said[0].startswith("no peer of rms_norm: ModuleNotFoundError: import of flashinfer.norm")
+    assert said[0].startswith(
+        "a peer of rms_norm is left out: ModuleNotFoundError: import of flash"
+    )
