@@ -23,8 +23,8 @@ from minidsv.model import DeepseekV32
 
 def run(config: EngineConfig, options: BenchOptions) -> Result:
     """Report the graph of every batch and context; not sound if a binary broke the contract."""
-    rig = Rig.build(config, options)
     driver = cuda_driver()
+    rig = Rig.build(config, options)
     from minidsv.kernels.launch import recorded_launches
     from minidsv.kernels.ran import check_ran, report_ran
     from minidsv.kernels.specs import SPECS
