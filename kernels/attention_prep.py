@@ -12,11 +12,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minidsv.kernels.absorb import absorb_q, assert_heads
-from minidsv.kernels.indexer_prep import index_k_write, index_q_prep
-from minidsv.kernels.mla_prep import norm_rope_set_mla_kv_buffer
+from minidsv.kernels.absorb import absorb_cost, absorb_q, assert_heads
+from minidsv.kernels.indexer_prep import (
+    index_k_write,
+    index_k_write_cost,
+    index_q_prep,
+    index_q_prep_cost,
+)
+from minidsv.kernels.mla_prep import norm_rope_set_mla_kv_buffer, norm_rope_set_mla_kv_buffer_cost
 from minidsv.kernels.pdl import PdlMode, triton_mode
-from minidsv.kernels.rope import apply_rope
+from minidsv.kernels.rope import apply_rope, apply_rope_cost
 from minidsv.kernels.tiles_gemm import PREPARED_TOKENS
 
 Angles = tuple[Tensor, Tensor]  # cos and sin
@@ -100,3 +105,32 @@ def attention_prep(
     kv_buffer, rows, gain, eps = latents
     norm_rope_set_mla_kv_buffer(kv_buffer, loc, rows[:, :c], gain, eps, rows[:, c:], *rope, pdl=pdl)
     return absorb_q(q[..., :n], w_uk, pdl), apply_rope(q[..., n:], *rope, True, pdl), index
+
+
+def attention_prep_cost(
+    tokens: int,
+    heads: int,
+    nope: int,
+    c: int,
+    r: int,
+    row_bytes: int,
+    index_heads: int = 0,
+    index_dim: int = 0,
+    index_fp8: bool = False,
+) -> tuple[int, int]:
+    """(bytes, FLOPs): the operators' with bf16 inputs; cos, sin and loc are read once.
+
+    index_heads: 0 in a layer without an indexer, else it prepares keys and queries.
+    """
+    parts = [
+        absorb_cost(tokens, heads, nope, c),
+        apply_rope_cost(tokens, heads, r, 2),
+        norm_rope_set_mla_kv_buffer_cost(tokens, c, r, row_bytes),
+    ]
+    again = 4 * tokens * r
+    if index_heads:
+        parts.append(index_k_write_cost(tokens, index_dim, r, index_fp8))
+        parts.append(index_q_prep_cost(tokens, index_heads, index_dim, r, index_fp8))
+        again += 2 * 4 * tokens * r + 8 * tokens
+    nbytes, flops = (sum(of_parts) for of_parts in zip(*parts, strict=True))
+    return nbytes - again, flops

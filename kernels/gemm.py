@@ -194,3 +194,13 @@ def fused_linear_cost(tokens: int, segments: Sequence[Segment]) -> tuple[int, in
         nbytes += tokens * rows * (s.out_dtype or torch.bfloat16).itemsize
         outputs += rows
     return nbytes, 2 * tokens * hidden * outputs
+
+
+def normed_linear_cost(
+    tokens: int, segments: Sequence[Segment], adds: bool = True
+) -> tuple[int, int]:
+    """fused_linear_cost and the gain; where the norm `adds`, the block's output and the sum too."""
+    nbytes, flops = fused_linear_cost(tokens, segments)
+    hidden = segments[0].weight.shape[1]
+    moved = 2 * 2 * tokens * hidden if adds else 0
+    return nbytes + 4 * hidden + moved, flops + 4 * tokens * hidden

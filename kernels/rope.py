@@ -62,6 +62,11 @@ def rope_cos_sin(
     return rope_triton.rope_cos_sin(positions, inv_freq, scale, mode)
 
 
+def rope_cos_sin_cost(tokens: int, dim: int) -> tuple[int, int]:
+    """Bytes (positions, frequencies, cos and sin) and FLOPs (the angles)."""
+    return tokens * (8 + 4 * dim) + 2 * dim, tokens * dim // 2
+
+
 def apply_rope(
     x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, pdl: PdlMode | None = None
 ) -> Tensor:

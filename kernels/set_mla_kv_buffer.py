@@ -91,6 +91,11 @@ def set_mla_kv_buffer(
     return copy_rows(kv_buffer, loc, k_nope, k_rope, mode)
 
 
+def set_mla_kv_buffer_cost(tokens: int, row_bytes: int) -> tuple[int, int]:
+    """Bytes (keys, rows, loc) of keys in the buffer's dtype; no FLOPs."""
+    return tokens * (2 * row_bytes + 8), 0
+
+
 def set_mla_kv_buffer_fp8_quant(
     kv_buffer: Tensor,
     loc: Tensor,

@@ -15,7 +15,7 @@ appendix C.
 import torch
 from torch import Tensor
 
-from minidsv.kernels.absorb import absorb_v, assert_heads
+from minidsv.kernels.absorb import absorb_cost, absorb_v, assert_heads
 from minidsv.kernels.pdl import PdlMode, triton_mode
 from minidsv.kernels.set_mla_kv_buffer import fp8_row_bytes, read_mla_kv_buffer
 
@@ -173,9 +173,33 @@ def _attend(
 
 
 def sparse_mla_cost(
-    tokens: int, heads: int, topk: int, kv_lora_rank: int, rope_dim: int, row_bytes: int
+    tokens: int,
+    heads: int,
+    topk: int,
+    kv_lora_rank: int,
+    rope_dim: int,
+    row_bytes: int,
+    query_bytes: int = 2,
 ) -> tuple[int, int]:
-    """(bytes, flops) of bf16 queries: each token's query, slots, rows and output move once."""
-    query = heads * (kv_lora_rank + rope_dim) * 2
+    """(bytes, flops): each token's query, slots, rows and bf16 output move once."""
+    query = heads * (kv_lora_rank + rope_dim) * query_bytes
     token_bytes = query + topk * (8 + row_bytes) + heads * kv_lora_rank * 2
     return tokens * token_bytes, tokens * heads * topk * 2 * (2 * kv_lora_rank + rope_dim)
+
+
+def sparse_mla_values_cost(
+    tokens: int,
+    heads: int,
+    topk: int,
+    kv_lora_rank: int,
+    rope_dim: int,
+    row_bytes: int,
+    query_bytes: int = 2,
+    *,
+    v_dim: int,
+) -> tuple[int, int]:
+    """(bytes, flops) with absorb_v, to which the latent outputs need not move."""
+    sizes = tokens, heads, topk, kv_lora_rank, rope_dim, row_bytes, query_bytes
+    parts = sparse_mla_cost(*sizes), absorb_cost(tokens, heads, kv_lora_rank, v_dim)
+    nbytes, flops = (sum(of_parts) for of_parts in zip(*parts, strict=True))
+    return nbytes - 2 * tokens * heads * kv_lora_rank * 2, flops

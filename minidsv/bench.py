@@ -31,7 +31,7 @@ def run(config: EngineConfig, options: BenchOptions) -> int:
     options.check_engine(config)
     for name, file in (("json", options.json), ("plot", options.plot)):
         if file is not None:
-            _check_file(name, file)
+            check_file(name, file)
     subject = import_module(f"minidsv.bench_{options.subject}")
     result: Result = subject.run(config, options)
     text = json.dumps({"kind": options.subject, **provenance(result.device), **result.data})
@@ -56,18 +56,18 @@ def provenance(device: str) -> dict[str, str | None]:
     }
 
 
-def shown(value: float | None, spec: str) -> str:
-    """A number as a table has it; None is a dash."""
-    return "-" if value is None else format(value, spec)
-
-
-def _check_file(option: str, file: str) -> None:
-    """Before anything is measured: raises ConfigError."""
+def check_file(option: str, file: str) -> None:
+    """Whether the file of an option can be written, before anything is measured: or ConfigError."""
     path = Path(file).absolute()
     if not path.parent.is_dir():
         raise ConfigError(f"{option}: {file} is not in a folder that exists")
     if not file or path.is_dir() or not os.access(path.parent, os.W_OK):
         raise ConfigError(f"{option}: {file!r} is no file that can be written")
+
+
+def shown(value: float | None, spec: str) -> str:
+    """A number as a table has it; None is a dash."""
+    return "-" if value is None else format(value, spec)
 
 
 def _first_line(*command: str) -> str | None:

@@ -68,7 +68,7 @@ def line(row: KernelRow) -> str:
 def run(config: EngineConfig, options: BenchOptions) -> Result:
     """Profile one variant at every batch and context."""
     if options.plot is not None:
-        _check_picture(options.plot)
+        check_picture(options.plot)
     rig = Rig.build(config, options)
     (variant,) = rig.variants
     bandwidth = read_bandwidth(rig.device)
@@ -88,8 +88,8 @@ def run(config: EngineConfig, options: BenchOptions) -> Result:
     return Result(rig.config.device, setting | {"profiles": data}, True)
 
 
-def _check_picture(file: str) -> None:
-    """Before anything is measured: raises ConfigError."""
+def check_picture(file: str) -> None:
+    """Whether a plot can be drawn and saved so, before anything is measured: or ConfigError."""
     if find_spec("matplotlib") is None:
         raise ConfigError("plot: needs the package matplotlib (pip install 'minidsv[bench]')")
     from matplotlib.backend_bases import FigureCanvasBase

@@ -1,15 +1,19 @@
 """What a benchmark's row and its peer are, the sizes it is taken at, and its inputs from a seed."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from minidsv.kernels.constants import PAGE_SIZE
 from minidsv.kernels.gemm import Segment
+from minidsv.kernels.index_cache import fp8_page_bytes
+from minidsv.kernels.norm import PreNorm
 from minidsv.kernels.pdl import PdlMode
 from minidsv.kernels.quant import block_scale_shape
+from minidsv.kernels.set_mla_kv_buffer import fp8_row_bytes
 
 Run = Callable[[PdlMode | None], object]  # one launch in that mode; None is the reference
 
@@ -24,6 +28,19 @@ class Launch:
         return self.op(*self.args, **self.options, pdl=pdl)
 
 
+class Write(Launch):
+    """A Launch whose result is also the caches that it writes to."""
+
+    def __init__(
+        self, caches: Sequence[Tensor], op: Callable[..., object], *args: Any, **options: Any
+    ):
+        super().__init__(op, *args, **options)
+        self.caches = caches
+
+    def __call__(self, pdl: PdlMode | None) -> object:
+        return super().__call__(pdl), self.caches
+
+
 @dataclass(frozen=True)
 class Dims:
     """The sizes that the operators see."""
@@ -31,6 +48,7 @@ class Dims:
     name: str
     heads: int = 128
     inner: int = 2048  # of an expert, and of the shared one
+    dense: int = 18432  # of a layer without experts
     vocab: int = 129280
     hidden: int = 7168
     q_lora: int = 1536
@@ -43,11 +61,12 @@ class Dims:
     index_topk: int = 2048
     experts: int = 256
     top_k: int = 8
+    contexts: tuple[int, ...] = (4096, 32768, 131072)
 
 
 FULL = Dims("full")
-TP8 = Dims("tp8", heads=16, inner=256, vocab=16160)
-CONTEXTS = (4096, 32768, 131072)
+TP8 = Dims("tp8", heads=16, inner=256, dense=2304, vocab=16160)
+SLOTS = 1 << 16  # of a cache
 EXACT, ROUNDED, FP8 = 0.0, 8e-3, 3e-2  # relative L2 against the reference
 
 
@@ -70,18 +89,32 @@ class Peer(NamedTuple):
     tolerance: float = ROUNDED
 
 
+def device() -> torch.device:
+    """CUDA where there is any: the same rows can be made without."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def seeded(seed: int) -> dict[str, Any]:
+    """What torch's random functions take: a generator, and its device."""
+    return {"generator": torch.Generator(device()).manual_seed(seed), "device": device()}
+
+
 def normal(seed: int, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    generator = torch.Generator("cuda").manual_seed(seed)
-    return torch.randn(*shape, device="cuda", generator=generator, dtype=torch.float32).to(dtype)
+    return torch.randn(*shape, **seeded(seed), dtype=torch.float32).to(dtype)
+
+
+def bf16(seed: int, *shape: int) -> Tensor:
+    """A weight with which a linear's outputs are about 1; no copy in fp32 beside it."""
+    return torch.randn(*shape, **seeded(seed), dtype=torch.bfloat16).mul_(shape[-1] ** -0.5)
 
 
 def fp8(seed: int, *shape: int) -> tuple[Tensor, Tensor]:
     """e4m3 codes without NaN, and scales that give a linear outputs of about 1."""
-    generator = torch.Generator("cuda").manual_seed(seed)
-    codes = torch.randint(0, 256, shape, device="cuda", generator=generator, dtype=torch.uint8)
+    source = seeded(seed)
+    codes = torch.randint(0, 256, shape, **source, dtype=torch.uint8)
     codes[(codes & 0x7F) == 0x7F] = 0
     *stack, rows, cols = shape
-    scale = torch.rand(*stack, *block_scale_shape(rows, cols), device="cuda", generator=generator)
+    scale = torch.rand(*stack, *block_scale_shape(rows, cols), **source)
     return codes.view(torch.float8_e4m3fn), (0.5 + scale) * cols**-0.5 / 100
 
 
@@ -89,14 +122,59 @@ def fp8_segment(seed: int, rows: int, cols: int) -> Segment:
     return Segment(*fp8(seed, rows, cols))
 
 
+def unnormed(seed: int, m: int, dim: int, adds: bool = True) -> PreNorm:
+    """What a block reads; `adds`: there is a block before it."""
+    out = normal(seed + 2, m, dim) if adds else None
+    return PreNorm(out, normal(seed, m, dim), normal(dim, dim, dtype=torch.float32), 1e-6)
+
+
+def where(seed: int, m: int) -> Tensor:
+    """m of SLOTS, distinct."""
+    return torch.randperm(SLOTS, **seeded(seed))[:m]
+
+
+def latent_row(layout: str, d: Dims) -> tuple[int, torch.dtype]:
+    """Width and type of a row of the latents' cache."""
+    if layout == "fp8":
+        return fp8_row_bytes(d.latent, d.rope), torch.uint8
+    return d.latent + d.rope, {"bf16": torch.bfloat16, "fp8_flat": torch.float8_e4m3fn}[layout]
+
+
+def latent_row_bytes(layout: str, d: Dims) -> int:
+    width, dtype = latent_row(layout, d)
+    return width * dtype.itemsize
+
+
+def empty_latents(layout: str, slots: int, d: Dims) -> Tensor:
+    width, dtype = latent_row(layout, d)
+    return torch.zeros(slots, width, dtype=dtype, device=device())
+
+
+def empty_index_keys(layout: str, d: Dims) -> Tensor:
+    """The indexer's pages."""
+    if layout == "fp8":
+        width = fp8_page_bytes(d.index_dim)
+        return torch.zeros(SLOTS // PAGE_SIZE, width, dtype=torch.uint8, device=device())
+    page = SLOTS // PAGE_SIZE, PAGE_SIZE, d.index_dim
+    return torch.zeros(*page, dtype=torch.bfloat16, device=device())
+
+
 def rope_tables(seed: int, m: int, dim: int) -> tuple[Tensor, Tensor]:
     angles = normal(seed, m, dim // 2, dtype=torch.float32)
     return angles.cos(), angles.sin()
 
 
+def total(costs: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    """The cost of operators one after another."""
+    nbytes, flops = zip(*costs, strict=True)
+    return sum(nbytes), sum(flops)
+
+
 def tensors(result: Any) -> list[Tensor]:
     """The tensors that an operator returned, or wrote."""
-    return [result] if isinstance(result, Tensor) else [t for t in result if t is not None]
+    if isinstance(result, Tensor):
+        return [result]
+    return [t for part in result if part is not None for t in tensors(part)]
 
 
 def numbers(t: Tensor) -> Tensor:

@@ -9,24 +9,33 @@ one launch in a CUDA graph of back-to-back launches over rotating buffers (cold 
 compulsory bytes over the time of the last mode; the peak is the read bandwidth measured first.
 Where other libraries do the same (bench_peers.py) and import, each is held to our reference too;
 its time is the median of five runs in turn with ours, and "x peer" is ours over the fastest one's.
-The last line is JSON, with all of them. Not here: `attention_prep`, norms inside projections, flat
-caches and dense MLPs; `minidsv bench --profile` times what a step launches.
+The last line is JSON, with all of them. The rows are every operator that a decode step calls, and
+the parts of the fused ones:
+
+    bench_linears.py      projections, alone and with the norm before them
+    bench_attention.py    W_UK, W_UV, attention_prep, sparse attention over the three caches
+    bench_indexer.py      scores, top-k, all slots of a short context
+    bench_experts.py      router, experts (FP8, BF16, with the shared one), the dense MLP
+    bench_small.py        norms, rotations, quantisation, cache writes, a step's first and last
 """
 
 import argparse
 import json
-import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from bench_cases import all_cases
-from bench_inputs import FULL, TP8, Case, relative_error, tensors
+from bench_inputs import FULL, TP8, Case, device, relative_error, tensors
 from bench_peers import PeerTime, peer_time
 from bench_timing import copies_for, graph_us
+from minidsv.bench import check_file, provenance
+from minidsv.bench_profile import check_picture
 from minidsv.bench_timing import read_bandwidth
+from minidsv.errors import ConfigError
 from minidsv.kernels.pdl import PDL_MODES, PdlMode
 
 DIMS = {d.name: d for d in (FULL, TP8)}
@@ -51,14 +60,16 @@ class Row:
 
 
 def checked(case: Case) -> float:
-    """The error of `case`; raises AssertionError where it is wrong or the modes differ."""
-    run = case.build(0)
-    first = [t.clone() for t in tensors(run("off"))]
+    """The error of `case`; raises AssertionError where it is wrong or the modes differ.
+
+    Each mode has inputs of its own: what it fails to write, none before it has written.
+    """
+    first = tensors(case.build(0)("off"))
     for mode in PDL_MODES[1:]:
-        for one, other in zip(first, tensors(run(mode)), strict=True):
-            same = torch.equal(one.view(torch.uint8), other.contiguous().view(torch.uint8))
+        for one, other in zip(first, tensors(case.build(0)(mode)), strict=True):
+            same = torch.equal(*(t.contiguous().view(torch.uint8) for t in (one, other)))
             assert same, f"{case.op} {case.shape}: {mode} differs from off"
-    error = relative_error(first, tensors(run(None)))
+    error = relative_error(first, tensors(case.build(0)(None)))
     assert error <= case.tolerance, (
         f"{case.op} {case.shape}: relative L2 {error:.3g}, {case.tolerance} allowed"
     )
@@ -85,24 +96,13 @@ def report(row: Row, peak: float) -> str:
     times = "  ".join(f"{row.us[mode]:8.2f}" for mode in row.us)
     share = 100 * row.gb_per_s / peak
     return (
-        f"{row.dims:5}{row.op:26}{row.shape:22}{times}  {row.gb_per_s:8.0f}{share:6.0f} %"
+        f"{row.dims:5}{row.op:28}{row.shape:22}{times}  {row.gb_per_s:8.0f}{share:6.0f} %"
         f"{row.us['off'] / row.us['prefetch']:7.2f}x{beside(row.peer)}"
     )
 
 
 def beside(peer: PeerTime | None) -> str:
     return "" if peer is None else f"{peer.us:9.2f}{peer.ours_us / peer.us:6.2f}x {peer.name}"
-
-
-def header() -> str:
-    git = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, cwd=Path(__file__).parent)
-    import triton
-
-    return (
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, "
-        f"commit {commit.stdout.strip() or 'unknown'}, L2 cold"
-    )
 
 
 def plot(rows: list[Row], peak: float, path: str) -> None:
@@ -132,47 +132,83 @@ def plot(rows: list[Row], peak: float, path: str) -> None:
     pyplot.close(figure)
 
 
-def options() -> argparse.Namespace:
+def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--dims", choices=sorted(DIMS), action="append", help="default: both")
-    parser.add_argument("--tokens", type=int, action="append", help="default: 1, 8 and 64")
+    parser.add_argument("--tokens", type=positive, action="append", help="default: 1, 8 and 64")
     parser.add_argument("--op", action="append", default=[], help="rows whose name has this")
     parser.add_argument("--no-peers", action="store_true", help="without other libraries")
     parser.add_argument("--plot", metavar="FILE", help="write a roofline picture")
     parser.add_argument("--json", metavar="FILE", help="also write the JSON there")
-    return parser.parse_args()
+    return parser
 
 
-def main() -> int:
-    args = options()
-    if not torch.cuda.is_available():
+def positive(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least 1")
+    return int(text)
+
+
+def selected(
+    dims: Sequence[str], tokens: Sequence[int], parts: Sequence[str]
+) -> list[tuple[str, Case]]:
+    """(name of the sizes, row) of all rows whose name has one of `parts`; none given: all.
+
+    Raises ConfigError on a part that no name has.
+    """
+    cases = [(name, case) for name in dims for case in all_cases(DIMS[name], tokens)]
+    names = list(dict.fromkeys(case.op for _, case in cases))
+    for part in parts:
+        if not part or not any(part in name for name in names):
+            raise ConfigError(f"op: {part!r} is in none of {names}")
+    return [c for c in cases if not parts or any(part in c[1].op for part in parts)]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = options()
+    args = parser.parse_args(arguments)
+    try:
+        for name, file in (("json", args.json), ("plot", args.plot)):
+            if file is not None:
+                check_file(name, file)
+        if args.plot is not None:
+            check_picture(args.plot)
+        cases = selected(args.dims or list(DIMS), args.tokens or [1, 8, 64], args.op)
+    except ConfigError as error:
+        parser.error(str(error))
+    if device().type != "cuda":
         sys.exit("error: bench_kernels.py needs a CUDA device, and none is visible")
-    peak = read_bandwidth(torch.device("cuda")) / 1e9
-    rows, wrong = list[Row](), list[str]()
-    print(f"{header()}, memory read at {peak:.0f} GB/s")
+    about = provenance(device().type) | {"command": " ".join(["python", *sys.orig_argv[1:]])}
+    peak = read_bandwidth(device()) / 1e9
+    print(", ".join(f"{name} {value}" for name, value in about.items()))
+    rows, wrong = measured(cases, peak, None if args.no_peers else set[str]())
+    result = {"kind": "kernels", **about, "read_gb_per_s": peak}
+    text = json.dumps(result | {"rows": [asdict(row) for row in rows], "wrong": wrong})
+    print(text)
+    if args.json is not None:
+        Path(args.json).write_text(text + "\n")
+    if args.plot is not None and rows:
+        plot(rows, peak, args.plot)
+    return 1 if wrong else 0
+
+
+def measured(
+    cases: Sequence[tuple[str, Case]], peak: float, refusals: set[str] | None
+) -> tuple[list[Row], list[str]]:
+    """(the rows, what is wrong), printed as they come."""
     modes = "  ".join(f"{mode:>8}" for mode in PDL_MODES)
     modes += "      GB/s  peak  off/prefetch  peer us  x peer"
-    print(f"{'dims':5}{'op':26}{'shape':22}{modes}", flush=True)
-    refusals = None if args.no_peers else set[str]()
-    for name in args.dims or DIMS:
-        for case in all_cases(DIMS[name], args.tokens or [1, 8, 64]):
-            if args.op and not any(part in case.op for part in args.op):
-                continue
-            try:
-                rows.append(measure(name, case, PDL_MODES, refusals))
-                print(report(rows[-1], peak), flush=True)
-            except AssertionError as error:
-                wrong.append(f"{name} {error}")
-                print(f"WRONG {wrong[-1]}", flush=True)
-    result = {"header": header(), "read_gb_per_s": peak, "rows": [asdict(r) for r in rows]}
-    if args.plot:
-        plot(rows, peak, args.plot)
-    text = json.dumps(result | {"wrong": wrong})
-    if args.json:
-        Path(args.json).write_text(text)
-    print(text)
-    return 1 if wrong else 0
+    print(f"memory read at {peak:.0f} GB/s\n{'dims':5}{'op':28}{'shape':22}{modes}", flush=True)
+    rows, wrong = list[Row](), list[str]()
+    for name, case in cases:
+        try:
+            rows.append(measure(name, case, PDL_MODES, refusals))
+            print(report(rows[-1], peak), flush=True)
+        except AssertionError as error:
+            wrong.append(f"{name} {error}")
+            print(f"WRONG {wrong[-1]}", flush=True)
+    return rows, wrong
 
 
 if __name__ == "__main__":

@@ -177,7 +177,14 @@ def index_logits(
     return Peer("deep_gemm.fp8_paged_mqa_logits", launch, outputs)
 
 
-def topk(logits: Tensor, lens: Tensor, k: int, table: Tensor, rows: Tensor) -> Peer:
+def topk(
+    logits: Tensor,
+    lens: Tensor,
+    k: int,
+    table: Tensor,
+    rows: Tensor,
+    tickets: Tensor | None = None,  # is ours alone
+) -> Peer:
     """Where every row is visible whole."""
 
     def launch() -> Tensor:

@@ -93,7 +93,14 @@ def fused_gate(
     return Peer("sgl_kernel.moe_fused_gate", launch, launch)
 
 
-def topk(logits: Tensor, lens: Tensor, k: int, table: Tensor, rows: Tensor) -> Peer:
+def topk(
+    logits: Tensor,
+    lens: Tensor,
+    k: int,
+    table: Tensor,
+    rows: Tensor,
+    tickets: Tensor | None = None,  # is ours alone
+) -> Peer:
     """Where every row is visible whole; the best come in no order."""
     library = sgl_kernel()
     offsets = torch.arange(PAGE_SIZE, device=table.device)

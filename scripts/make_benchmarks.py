@@ -145,7 +145,7 @@ def kernels_table(result: Result) -> str:
         cells = [row["dims"], row["op"], row["shape"], *(number(row["us"][m], 2) for m in modes),
                  number(speed, 0), percent(speed / peak)]  # fmt: skip
         rows.append(cells + (peer_cells(row.get("peer")) if with_peers else []))
-    text = f"{result['header']}, memory read at {number(peak, 0)} GB/s\n\n"
+    text = f"Memory read at {number(peak, 0)} GB/s.\n\n"
     text += table(headings + (["peer", "its us", "x peer"] if with_peers else []), rows)
     return "\n\n".join([text, *(f"**wrong:** {wrong}" for wrong in result["wrong"])])
 
@@ -173,7 +173,6 @@ def read_results(folder: Path) -> list[tuple[Path, Result]]:
         for at, text in enumerate(file.read_text().splitlines(), 1):
             try:
                 result = json.loads(text)
-                result.setdefault("kind", "kernels")
                 TABLES[result["kind"]][1](result)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"{file}:{at}: not a result ({error!r})") from None
@@ -195,22 +194,21 @@ def benchmarks(results: Sequence[tuple[Path, Result]]) -> str:
 def section(file: Path, result: Result) -> str:
     """One run."""
     title, make = TABLES[result["kind"]]
-    head = f"## {file.stem}: {title}\n"
-    if result["kind"] != "kernels":
-        fp8 = result.get("engine", {}).get("activations") == "fp8"
-        title += " with FP8 activations" if fp8 else ""
-        head = f"## {result['model']}: {title}\n\n{provenance(result)}\n"
+    fp8 = result.get("engine", {}).get("activations") == "fp8"
+    title += " with FP8 activations" if fp8 else ""
+    subject = file.stem if result["kind"] == "kernels" else result["model"]
     picture = file.with_suffix(".png")
     shown = f"\n![{title}](results/{picture.name})\n" if picture.exists() else ""
-    return f"{head}\n{make(result)}\n{shown}"
+    return f"## {subject}: {title}\n\n{provenance(result)}\n\n{make(result)}\n{shown}"
 
 
 def provenance(result: Result) -> str:
-    """Where and when a run was made, and its command."""
+    """Where and when a run was made, as far as it says, and its command."""
     driver = "" if result["driver"] is None else f", driver {result['driver']}"
+    date = "" if result["date"] is None else f", {result['date']}"
     return (
         f"{result['device']}{driver}, torch {result['torch']}, triton {result['triton']}, commit "
-        f"{result['commit']}, {result['date']}: `{result['command']}`"
+        f"{result['commit']}{date}: `{result['command']}`"
     )
 
 
