@@ -1,9 +1,9 @@
 """DecodeGraphs: a decode step, from the embedding to logits and argmax ids, as one CUDA graph.
 
 One graph a batch size and path, where a path is the largest context that it serves: up to
-index_topk nothing is scored, up to ONE_CHUNK the choice of the top K takes one launch. A step runs
-in the smallest graph that holds it. The largest is captured first, and all share a memory pool:
-only one runs at a time.
+index_topk nothing is scored, up to ONE_CHUNK a program chooses the top K of a row alone. A step
+runs in the smallest graph that holds it. The largest is captured first, and all share a memory
+pool: only one runs at a time.
 """
 
 from bisect import bisect_left

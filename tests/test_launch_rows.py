@@ -200,7 +200,10 @@ def test_launches_of_an_attention(
         assert (attention.indexer is None) is shared
         hidden = torch.empty(tokens, config.hidden_size, dtype=torch.bfloat16, device=META)
         x = PreNorm(hidden, hidden, model.layers[1].input_gain, 1e-6)
-        for seq_len, count in ((8192, dense if shared else scored), (2048, dense)):
+        for seq_len, count in (
+            (2048, dense),
+            *((n, dense if shared else scored) for n in BOUNDS[1:]),
+        ):
             step = meta_step(tokens, tokens, seq_len, tokens)
             slots = torch.empty(tokens, 2048, dtype=torch.int64, device=META)
             rope = model.rope.at(step.positions)
