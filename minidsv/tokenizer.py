@@ -13,6 +13,7 @@ _CONTEXT = (
     8  # prompt tokens that prime the stream, so that the first output token keeps its leading space
 )
 _BROKEN = "\ufffd"
+MOST_PENDING = 64  # tokens without text: more are no character
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _BYTE_LEVEL = {chr(byte): byte for byte in _PRINTABLE} | {  # GPT-2's alphabet of bytes
     chr(256 + i): byte for i, byte in enumerate(sorted({*range(256)} - {*_PRINTABLE}))
@@ -47,6 +48,8 @@ class Tokenizer:
         self.longest = max(map(len, self.backend.get_vocab(with_added_tokens=True)))  # characters
         self._added: list[int] = self.backend.encode("").ids
         self._token_texts: dict[int, str] = {}
+        added = self.backend.get_added_tokens_decoder()
+        self.special = {token for token, one in added.items() if one.special}  # no text
 
     def encode(
         self, text: str, add_special_tokens: bool = True, most: int | None = None
@@ -126,12 +129,14 @@ class DetokenizerStream:
         self._pending.clear()
 
     def push(self, token_id: int) -> str:
-        if token_id >= self._tokenizer.size:
+        if token_id >= self._tokenizer.size or token_id in self._tokenizer.special:
             return ""
         self._pending.append(token_id)
         try:
             text = self._stream.step(self._tokenizer.backend, token_id) or ""
         except Exception:  # tokenizers' own, bare: the bytes so far changed their meaning
+            text = self._restart()
+        if not text and len(self._pending) >= MOST_PENDING:
             text = self._restart()
         if text:
             self._pending.clear()

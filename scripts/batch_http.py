@@ -16,6 +16,7 @@ from batch_lines import CHAT, COMPLETIONS, Answer, Failure, Job, LineError
 from batch_report import Load
 
 POLL_SECONDS = 0.2
+JSON = {"content-type": "application/json"}
 RETRIED = (408, 409, 429)  # and every 5xx
 MAX_BACKOFF, MAX_RETRY_AFTER = 8.0, 600.0  # seconds
 
@@ -94,7 +95,9 @@ class HttpBackend:
         for attempt in range(self._endpoint.retries + 1):
             wanted = None
             try:
-                response = await self._client.post(job.url, json=content)
+                response = await self._client.post(
+                    job.url, content=json.dumps(content), headers=JSON
+                )
                 if response.status_code == 200:
                     return response
                 failure = _failure(response)

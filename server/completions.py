@@ -20,7 +20,7 @@ from minidsv.server.openai_request import (
     prompt_logprobs,
     usage,
 )
-from minidsv.server.protocol import Flag, Integer, Unsupported, check_unicode, finite
+from minidsv.server.protocol import Flag, Integer, Integers, Unsupported, check_unicode, finite
 from minidsv.tokenizer import Tokenizer
 
 MAX_CHOICES = 1024  # of one body
@@ -65,7 +65,7 @@ class CompletionRequest(OpenAIRequest):
     echo: Flag = None
     add_special_tokens: Flag = None  # true unless it says false
     logprobs: Annotated[Integer, Field(ge=0, le=5)] | None = None
-    logprob_token_ids: list[Integer] | None = None  # shown with the best, at output positions
+    logprob_token_ids: Integers | None = None  # shown with the best, at output positions
 
     def to_params(self) -> SamplingParams:
         """Our parameters, which have OpenAI's default of 16 tokens too; raises RequestError."""

@@ -5,7 +5,6 @@ import contextlib
 import queue
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -49,7 +48,7 @@ class EngineLoop:
     def __init__(self, load: Callable[[], Engine], listener: Listener):
         self._load, self._listener = load, listener
         self._commands: queue.SimpleQueue[Callable[[Engine], None]] = queue.SimpleQueue()
-        self._queued: deque[Request] = deque()  # of the thread: what no step has taken up yet
+        self._queued: list[Request] = []  # of the thread: what no step has taken up yet
         self._step_began: float | None = None
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="minidsv-engine", daemon=True)
@@ -97,7 +96,7 @@ class EngineLoop:
                 self._run_commands(engine)
                 self._step(engine)
             self._run_commands(engine)
-        except Exception as error:
+        except BaseException as error:  # a panic of tokenizers is none of Exception
             self._tell(self._listener.ended, error)
         else:
             self._tell(self._listener.ended, None)
@@ -127,10 +126,9 @@ class EngineLoop:
             self._events.call_soon_threadsafe(callback, argument)
 
     def _started(self) -> list[Request]:
-        """Requests that have left the queue, which is first come, first served."""
-        started = []
-        while self._queued and self._queued[0].status is not Status.WAITING:
-            started.append(self._queued.popleft())
+        """Requests that have left the queue; one that waits for a prefix lets others by."""
+        started = [r for r in self._queued if r.status is not Status.WAITING]
+        self._queued = [r for r in self._queued if r.status is Status.WAITING]
         return started
 
 

@@ -14,6 +14,7 @@ from minidsv.server.protocol import (
     Body,
     Flag,
     Integer,
+    Integers,
     Number,
     Text,
     Texts,
@@ -94,7 +95,7 @@ class OpenAIRequest(Body):
     logit_bias: Biases | None = None
     seed: Integer | None = None
     stop: Texts | None = None
-    stop_token_ids: list[Integer] | None = None
+    stop_token_ids: Integers | None = None
     include_stop_str_in_output: Flag = None
     ignore_eos: Flag = None
     prompt_logprobs: Annotated[Integer, Field(ge=0, le=MAX_LOGPROBS)] | None = None

@@ -51,9 +51,11 @@ def _by_token_id(biases: dict[str, float]) -> dict[int, float]:
 
 Text = Annotated[StrictStr, AfterValidator(check_unicode)]
 Integer = Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)]
+Integers = Annotated[list[Integer], Field(fail_fast=True)]  # of a million errors one is told
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Texts = Annotated[
     list[Text],
+    Field(fail_fast=True),
     BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
 ]

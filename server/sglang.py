@@ -21,6 +21,7 @@ from minidsv.server.protocol import (
     Body,
     Flag,
     Integer,
+    Integers,
     Number,
     Text,
     Texts,
@@ -87,7 +88,7 @@ class GenerateSampling(Body):
     repetition_penalty: Number | None = None
     logit_bias: Biases | None = None
     stop: Texts | None = None
-    stop_token_ids: list[Integer] | None = None
+    stop_token_ids: Integers | None = None
     ignore_eos: Flag = None
     sampling_seed: Integer | None = None
 
@@ -103,7 +104,7 @@ class GenerateRequest(Body):
 
     unsupported: ClassVar[Unsupported] = _UNSUPPORTED_REQUEST
     text: Text | None = None
-    input_ids: list[Integer] | None = None
+    input_ids: Integers | None = None
     sampling_params: GenerateSampling | None = None
     return_logprob: Flag = None
     logprob_start_len: Annotated[Integer, Field(ge=-1)] | None = None  # -1: the output's only

@@ -56,7 +56,7 @@ class DetokenizeRequest(BaseModel):
 
     model_config = ConfigDict(extra="allow")
     model: Text | None = None
-    tokens: list[Annotated[Integer, Field(ge=0)]]
+    tokens: Annotated[list[Annotated[Integer, Field(ge=0)]], Field(fail_fast=True)]
 
 
 def routes(serving: Serving) -> APIRouter:
