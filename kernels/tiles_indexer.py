@@ -16,10 +16,13 @@ SMS = 132
 SELECT_WARPS = {1024: 2, 2048: 4, 4096: 8, 8192: 16}  # by scores in registers
 CHUNK = 8192  # a longer row takes several programs
 ANY = 1 << 30
-LONG_ROWS = (  # up to so many columns and rows (H200)
-    (32_768, ANY, Tile(2048, 4096, 2048, split=16, num_warps=16)),
+LONG_ROWS = (  # up to so many columns and rows (H200); samples that mislead one row in 1000 at most
+    (32_768, 16, Tile(2048, 4096, 2048, split=16, num_warps=16)),
+    (32_768, ANY, Tile(8192, 4096, 2048, split=4, num_warps=16)),
+    (98_304, 2, Tile(2048, 4096, 4096, split=64, num_warps=16)),
     (131_072, 2, Tile(4096, 4096, 8192, split=32, num_warps=16)),
-    (131_072, ANY, Tile(4096, 8192, 2048, split=32, num_warps=16)),
+    (131_072, 16, Tile(8192, 4096, 8192, split=16, num_warps=16)),
+    (131_072, ANY, Tile(8192, 8192, 2048, split=16, num_warps=16)),
     (1 << 20, ANY, Tile(8192, 8192, 8192, split=128, num_warps=16)),
 )
 MAX_SCORES = LONG_ROWS[-1][0]  # of a row

@@ -178,7 +178,7 @@ def test_every_tile_has_a_row() -> None:
             tile = tiles_indexer.select_topk(1, (columns, k))
             assert tile.block_n >= max(columns, k)
             assert tile.block_n in blocks
-        for columns, m in itertools.product((8193, 32_768, 40_000, 131_073, 1 << 20), (1, 9)):
+        for columns, m in itertools.product((8193, 40_000, 98_305, 131_073, 1 << 20), (1, 9, 64)):
             t = tiles_indexer.select_long(m, (columns, k))
             assert (t.block_m, t.block_n, t.block_k, t.split, t.num_warps) in long
             assert t.block_m * t.split >= columns
