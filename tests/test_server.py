@@ -214,13 +214,23 @@ def test_disconnect_frees_the_pages(
     wait_until(lambda: served.idle)
 
 
-def test_failing_engine_answers_503(monkeypatch: pytest.MonkeyPatch) -> None:
+class Panic(BaseException):
+    """As pyo3's PanicException, which a tokenizer may raise."""
+
+
+@pytest.mark.parametrize("error", [RuntimeError, Panic])
+def test_failing_engine_answers_503(
+    error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise error("out of order")
+
     with serving() as served, ThreadPoolExecutor(2) as pool:
         assert served.client.get("/health").json() == {"status": "ok"}
         bodies = [{"text": "a", "sampling_params": ENDLESS, "stream": s} for s in (False, True)]
         running = [pool.submit(served.generate, **body) for body in bodies]
         wait_until(lambda: len(served.engine.scheduler.running) == 2)
-        monkeypatch.setattr(served.engine.runner, "execute", None)  # calling it raises
+        monkeypatch.setattr(served.engine.runner, "execute", fail)
         assert_error(running[0].result(), 500, None, "engine has failed")
         assert running[0].result().headers["x-should-retry"] == "false"
         assert events(running[1].result())[-1] == running[0].result().json()

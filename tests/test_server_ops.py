@@ -215,6 +215,19 @@ def test_a_call_larger_than_the_queue_is_no_matter_of_time() -> None:
         assert_error(served.client.post("/v1/completions", json=body), 400, None, "5", "4")
 
 
+def test_requests_that_overtake_leave_the_queue() -> None:
+    """The second prompt waits for the first one's pages; the third is through before it starts."""
+    with serving(ServerOptions(max_queued_requests=4)) as served:
+        for number in range(4):
+            shared = [5 + number] * 400
+            body = {"model": "tiny", "prompt": [shared, shared, [5]], "max_tokens": 1}
+            answer = served.client.post("/v1/completions", json=body)
+            assert answer.status_code == 200, answer.text
+        samples = metrics(served)
+    assert samples["num_requests_waiting"] == samples["num_requests_running"] == 0
+    assert samples["request_queue_time_seconds_count"] == 12
+
+
 # Deadlines and aborts
 
 
