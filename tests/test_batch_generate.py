@@ -180,6 +180,7 @@ USAGE = [
     pytest.param(["--retries", "2"], "--base-url", id="for-a-server"),
     pytest.param(["--base-url", "http://x", "--max-num-seqs", "2"], "max-num-seqs", id="for-us"),
     pytest.param(["--base-url", "localhost"], "localhost", id="no-url"),
+    pytest.param(["--base-url", "http://x", "--api-key", "ключ"], "--api-key", id="no-ascii"),
 ]
 
 
@@ -336,6 +337,16 @@ def test_chat_lines_go_to_a_server(tmp_path: Path, capfd: pytest.CaptureFixture[
     with stub_server() as stub:
         run(capfd, "--input", source, "--output", tmp_path / "o", "--base-url", stub.url)
     assert set(texts(tmp_path / "o")) == {"c"}
+
+
+def test_a_line_that_no_server_can_read(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A lone surrogate is sent as JSON spells it; the lines around it are answered."""
+    source = write_lines(tmp_path / "in", [{"prompt": prompt} for prompt in ("a", "\ud800", "ü")])
+    with stub_server(faults={"\ud800": [Fault(400)]}) as stub:
+        options = ("--output", tmp_path / "out", "--base-url", stub.url)
+        assert run(capfd, "--input", source, *options, code=1)["failed"] == 1
+    assert set(texts(tmp_path / "out")) == {"line-1", "line-3"}
+    assert {body["prompt"] for body in stub.bodies} == {"a", "\ud800", "ü"}
 
 
 def test_histogram_is_close_to_exact() -> None:

@@ -355,6 +355,7 @@ def test_the_bundled_run(tmp_path: Path) -> None:
         (["--temperature", "1"], ["--temperature", "loglikelihood"]),
         (["--engine", "device=cpu", "--base-url", "http://x"], ["--engine", "--base-url"]),
         (["--chat"], ["--chat", "--base-url"]),
+        (["--base-url", "http://x", "--api-key", "ключ"], ["--api-key", "ASCII"]),
         (["parity", "--a", "device=cpu", "--b", "device=cuda:9"], ["device", "cuda:9"]),
         (["parity", "--a", "device=cpu", "--b", "pdl=on"], ["pdl", "'on'"]),
         (["parity", "--a", "device=cpu", "--b", "transformers=/nowhere"], ["/nowhere"]),
