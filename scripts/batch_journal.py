@@ -58,8 +58,8 @@ class Journal:
     def recover(self) -> Iterator[tuple[str, str]]:
         """custom_id and id of every whole line or block; what is behind the last is then cut off.
 
-        Raises BatchError where something else is broken than the end, or the end is all there is and
-        does not begin as our lines do: the file is left as it is.
+        Raises BatchError, and cuts nothing, where something else is broken than the end, or where
+        the end is all there is and does not begin as our lines do.
         """
         if not self.durable:
             return
