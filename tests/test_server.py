@@ -9,12 +9,11 @@ import httpx
 import pytest
 
 from minidsv import LLM, SamplingParams
-from served import OPTIONS, Served, assert_error, events, serving, wait_until
+from served import ENDLESS, OPTIONS, Served, assert_error, events, serving, wait_until
 
 PROMPT = "Question: What is the chemical symbol of iron?\nAnswer:"
 IDS = [0, 300, 17, 42, 1000]
 GREEDY = {"temperature": 0, "max_new_tokens": 24, "ignore_eos": True}
-ENDLESS = {"max_new_tokens": 3000, "ignore_eos": True}
 BOTH_WAYS = pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
 
 
