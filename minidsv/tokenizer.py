@@ -45,13 +45,13 @@ class Tokenizer:
         self.chat_template: str | None = (
             template.get("default") if isinstance(template, dict) else template
         )
-        self.size = 1 + max(self.backend.get_vocab(with_added_tokens=True).values())  # with gaps
-        self.longest = max(map(len, self.backend.get_vocab(with_added_tokens=True)))  # characters
+        vocab = self.backend.get_vocab(with_added_tokens=True)
+        self.size = 1 + max(vocab.values())  # with gaps
+        self.longest = max(map(len, vocab))  # characters
         self._added: list[int] = self.backend.encode("").ids
         self._token_texts: dict[int, str] = {}
         added = self.backend.get_added_tokens_decoder()
-        known = self.backend.get_vocab(with_added_tokens=True).values()
-        self.silent = {*range(self.size)} - {*known}  # ids without text: gaps, special tokens
+        self.silent = {*range(self.size)} - {*vocab.values()}  # without text: gaps, special tokens
         self.silent |= {token for token, one in added.items() if one.special}
 
     def encode(
