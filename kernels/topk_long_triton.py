@@ -32,7 +32,7 @@ from minidsv.kernels.topk_search_triton import (
     search,
 )
 
-LINE = 16  # scores of one chunk that lie together in front of the second launch
+LINE = 16  # scores of one chunk that lie together before a row's last program gathers them
 ABSENT = tl.constexpr(0x7FC00000)  # a NaN
 RUN = tl.constexpr(8)  # neighbours in the sample: 32 bytes
 

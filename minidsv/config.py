@@ -158,7 +158,7 @@ class ModelConfig:
             raise ConfigError(
                 f"{file}: no such file; give a checkpoint folder or a config.json"
             ) from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(f"{file}: not a readable JSON file ({error})") from None
         return cls.from_hf(raw)
 

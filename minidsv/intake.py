@@ -56,12 +56,12 @@ class Intake:
         """Raise RequestError unless these are token ids and leave `room` tokens for an output."""
         if not token_ids:
             raise RequestError("prompt", "is empty; at least one token is needed")
+        if len(token_ids) + room > self.max_request_tokens:
+            raise RequestError("prompt", f"{len(token_ids)} tokens are too many; {self._limits()}")
         for token in token_ids:
             is_int = isinstance(token, int) and not isinstance(token, bool)
             if not is_int or not 0 <= token < self._vocab_size:
                 raise RequestError("prompt", self._no_token(token))
-        if len(token_ids) + room > self.max_request_tokens:
-            raise RequestError("prompt", f"{len(token_ids)} tokens are too many; {self._limits()}")
 
     def _check_params(self, params: SamplingParams) -> None:
         for name in ("logprobs", "prompt_logprobs"):

@@ -1,5 +1,6 @@
 """Text to tokens (transformers' AutoTokenizer), and tokens to text one at a time."""
 
+import codecs
 import json
 import re
 from pathlib import Path
@@ -13,7 +14,7 @@ _CONTEXT = (
     8  # prompt tokens that prime the stream, so that the first output token keeps its leading space
 )
 _BROKEN = "\ufffd"
-MOST_PENDING = 64  # tokens without text: more are no character
+MOST_PENDING = 64  # tokens that a stream holds back: more are no character
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _BYTE_LEVEL = {chr(byte): byte for byte in _PRINTABLE} | {  # GPT-2's alphabet of bytes
     chr(256 + i): byte for i, byte in enumerate(sorted({*range(256)} - {*_PRINTABLE}))
@@ -44,12 +45,14 @@ class Tokenizer:
         self.chat_template: str | None = (
             template.get("default") if isinstance(template, dict) else template
         )
-        self.size = 1 + max(self.backend.get_vocab(with_added_tokens=True).values())  # with gaps
-        self.longest = max(map(len, self.backend.get_vocab(with_added_tokens=True)))  # characters
+        vocab = self.backend.get_vocab(with_added_tokens=True)
+        self.size = 1 + max(vocab.values())  # with gaps
+        self.longest = max(map(len, vocab))  # characters
         self._added: list[int] = self.backend.encode("").ids
         self._token_texts: dict[int, str] = {}
         added = self.backend.get_added_tokens_decoder()
-        self.special = {token for token, one in added.items() if one.special}  # no text
+        self.silent = {*range(self.size)} - {*vocab.values()}  # without text: gaps, special tokens
+        self.silent |= {token for token, one in added.items() if one.special}
 
     def encode(
         self, text: str, add_special_tokens: bool = True, most: int | None = None
@@ -119,8 +122,10 @@ class DetokenizerStream:
     def __init__(self, tokenizer: Tokenizer, prompt_token_ids: list[int]):
         self._tokenizer = tokenizer
         self._stream = DecodeStream(skip_special_tokens=True)
-        self._pending: list[int] = []  # tokens since the last piece of text
-        self._last: list[int] = []  # the token that completed it
+        self._given = ""  # what the stream's next piece begins with and is out already
+        self._last: list[int] = []  # the token that completed the last piece, or a few
+        self._out: str | None = None  # how much of their text is out; None: all
+        self._pending: list[int] = []  # the tokens behind them
         context = prompt_token_ids[-_CONTEXT:]
         while context and tokenizer.decode(context).endswith(_BROKEN):
             context.pop()  # the prompt's half character is not the output's
@@ -129,32 +134,61 @@ class DetokenizerStream:
         self._pending.clear()
 
     def push(self, token_id: int) -> str:
-        if token_id >= self._tokenizer.size or token_id in self._tokenizer.special:
+        if token_id >= self._tokenizer.size or token_id in self._tokenizer.silent:
             return ""
         self._pending.append(token_id)
         try:
             text = self._stream.step(self._tokenizer.backend, token_id) or ""
         except Exception:  # tokenizers' own, bare: the bytes so far changed their meaning
-            text = self._restart()
-        if not text and len(self._pending) >= MOST_PENDING:
-            text = self._restart()
+            return self._restart()
         if text:
+            text = text.removeprefix(self._given)
+            self._given, self._last, self._out = "", [token_id], None
             self._pending.clear()
-            self._last = [token_id]
+        elif len(self._pending) >= MOST_PENDING:
+            return self._restart()
         return text
-
-    def _restart(self) -> str:
-        """The text of the pending tokens after the last one, and a new stream behind them."""
-        decode = self._tokenizer.decode
-        before, whole = decode(self._last), decode([*self._last, *self._pending])
-        self._stream = DecodeStream(skip_special_tokens=True)
-        self._stream.step(self._tokenizer.backend, self._pending[-1])
-        return whole.removeprefix(before) if whole.startswith(before) else decode(self._pending)
 
     def flush(self) -> str:
-        text = self._tokenizer.decode(self._pending)
+        text = self._rest()
+        self._last, self._out = self._last + self._pending, None
         self._pending.clear()
         return text
+
+    def _rest(self) -> str:
+        """The text that is not out yet."""
+        decode = self._tokenizer.decode
+        out = decode(self._last) if self._out is None else self._out
+        whole = decode([*self._last, *self._pending])
+        return whole.removeprefix(out) if whole.startswith(out) else decode(self._pending)
+
+    def _restart(self) -> str:
+        """The text that is not out yet but for an unfinished character, and a new stream."""
+        text, tokens = self._rest(), [*self._last, *self._pending]
+        if text:
+            held, num_hidden = self._unfinished(tokens) if text.endswith(_BROKEN) else (0, 0)
+            text = text[: len(text) - num_hidden]
+            self._last = tokens[-1 - held :]
+            shown = self._tokenizer.decode(self._last)
+            self._out = shown[: len(shown) - num_hidden]
+        self._pending.clear()
+        self._stream = DecodeStream(skip_special_tokens=True)
+        pieces = [self._stream.step(self._tokenizer.backend, token) for token in self._last]
+        out = self._tokenizer.decode(self._last) if self._out is None else self._out
+        self._given = out.removeprefix("".join(piece or "" for piece in pieces))
+        return text
+
+    def _unfinished(self, tokens: list[int]) -> tuple[int, int]:
+        """How many tokens at the end hold the bytes of an unfinished character, and how many U+FFFD
+        stand for these bytes: one, or with a byte a token one each.
+        """
+        data = list(map(self._tokenizer.token_bytes, tokens[-3:]))
+        _, used = codecs.utf_8_decode(b"".join(data), "replace", False)
+        left, held = len(b"".join(data)) - used, 0
+        while sum(map(len, data[len(data) - held :])) < left:
+            held += 1
+        finished, _ = codecs.utf_8_decode(b"".join(data[len(data) - held :]), "replace", False)
+        return held, len(self._tokenizer.decode(tokens[len(tokens) - held :])) - len(finished)
 
 
 def eos_token_ids(folder: Path, fallback: tuple[int, ...]) -> tuple[int, ...]:

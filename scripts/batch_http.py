@@ -35,6 +35,8 @@ class Endpoint:
     def __post_init__(self) -> None:
         if not self.base_url.startswith(("http://", "https://")):
             raise BatchError(f"--base-url: {self.base_url!r} is no http:// or https:// URL")
+        if self.api_key and not (self.api_key.isascii() and self.api_key.isprintable()):
+            raise BatchError("--api-key: a key is printable ASCII")
 
     def client(self) -> httpx.AsyncClient:
         headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}

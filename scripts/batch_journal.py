@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from batch_codec import BatchError, DamagedError, Decoder, Splitter, codec_of
+from batch_lines import RESULT_START
 
 _FLAGS = os.O_RDWR | os.O_CREAT | os.O_APPEND
 SYNC_BYTES = 4 * 2**20  # lines of so many bytes are written without waiting for more
@@ -57,7 +58,8 @@ class Journal:
     def recover(self) -> Iterator[tuple[str, str]]:
         """custom_id and id of every whole line or block; what is behind the last is then cut off.
 
-        Raises BatchError where something else is broken than the end.
+        Raises BatchError, and cuts nothing, where something else is broken than the end, or where
+        the end is all there is and does not begin as our lines do.
         """
         if not self.durable:
             return
@@ -70,12 +72,17 @@ class Journal:
                 for decoded, whole in decoder.push(data):
                     lines += splitter.push(decoded)
                     if whole:
+                        if splitter.rest and self._codec.new_decoder is not None:
+                            raise self._foreign(number + len(lines) + 1)
                         good = decoder.offset - splitter.rest
                         for number, line in enumerate(lines, number + 1):  # noqa: B020
                             yield self._ids(line, number)
                         lines.clear()
         except DamagedError as error:
             raise BatchError(f"{self._path}: {error}; choose another output") from None
+        torn = lines[0] if lines else splitter.end()
+        if not number and not RESULT_START.startswith((torn or b"")[: len(RESULT_START)]):
+            raise self._foreign(1)
         os.ftruncate(self._fd, good)
 
     def _ids(self, line: bytes | None, number: int) -> tuple[str, str]:
@@ -83,9 +90,10 @@ class Journal:
             record = json.loads(line or b"")
             return str(record["custom_id"]), str(record["id"])
         except (ValueError, KeyError, TypeError, RecursionError):
-            raise BatchError(
-                f"{self._path}: line {number} is no result line; choose another output"
-            ) from None
+            raise self._foreign(number) from None
+
+    def _foreign(self, number: int) -> BatchError:
+        return BatchError(f"{self._path}: line {number} is no result line; choose another output")
 
     def clear(self) -> None:
         """Drop the lines of an earlier run; raises BatchError if they are something else."""

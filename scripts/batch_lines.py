@@ -16,6 +16,8 @@ from minidsv.request import MAX_INT
 
 MAX_LINE_BYTES = 16 * 2**20
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+RESULT_ID = "batch_req_"
+RESULT_START = f'{{"id": "{RESULT_ID}'.encode()  # of every line that `dump` makes of a result
 LINE_FIELDS = ("custom_id", "method", "url", "body")
 
 
@@ -53,7 +55,7 @@ class Job:
 
     @property
     def request_id(self) -> str:
-        return f"req_{self.id.removeprefix('batch_req_')}"
+        return f"req_{self.id.removeprefix(RESULT_ID)}"
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class Failure:
         request_id = job.request_id if job else f"req_line_{self.line}"
         response = {"status_code": error.status, "request_id": request_id, "body": error.body}
         return {
-            "id": job.id if job else f"batch_req_line_{self.line}",
+            "id": job.id if job else f"{RESULT_ID}line_{self.line}",
             "custom_id": job.custom_id if job else error.custom_id,
             "line": self.line,
             "response": None if error.status is None else response,
@@ -181,7 +183,7 @@ def parse(line: bytes, number: int, urls: tuple[str, ...], seed: int) -> Job:
             raise LineError("invalid_line", "prompt: is missing", param="prompt")
         if body.get("stream"):
             raise _invalid("stream", body["stream"], "false: a batch has no streams")
-        result_id = f"batch_req_{_digest(custom_id, url, body)[:32]}"
+        result_id = f"{RESULT_ID}{_digest(custom_id, url, body)[:32]}"
     except LineError as error:
         error.custom_id = custom_id
         raise

@@ -12,6 +12,7 @@ import httpx
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError, model_validator
 
 from eval_backends import Ask, BackendError, HTTPOptions, OnReply, Reply, tail_logprob
+from minidsv.errors import ConfigError
 
 RETRIED = {408, 409, 429}  # and everything from 500: a later try may succeed
 LONGEST_WAIT = 30.0  # seconds between two tries
@@ -61,7 +62,10 @@ class HTTPBackend:
     def __init__(self, base_url: str, options: HTTPOptions):
         self.base_url = base_url.rstrip("/").removesuffix("/v1") + "/v1"
         self.options = options
-        headers = {"Authorization": f"Bearer {options.api_key}"} if options.api_key else {}
+        key = options.api_key or ""
+        if not (key.isascii() and key.isprintable()):
+            raise ConfigError("--api-key: a key is printable ASCII")
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
         limits = httpx.Limits(max_connections=options.concurrency)
         self.client = httpx.Client(headers=headers, timeout=options.timeout, limits=limits)
         self.model = options.model or self._first_model()

@@ -3,9 +3,12 @@
     pip install 'minidsv[ray]'
     python scripts/ray_batch.py --input in.jsonl --output out.jsonl --actors 2
 
-An example of how to go beyond one machine: lines are read, answered and written as
-scripts/batch_generate.py does, in blocks that Ray deals out, and Ray restarts actors that die.
-Results come in the order that Ray finishes blocks; there is no resuming. Every node needs minidsv.
+An example of how to go beyond one machine: lines are understood, answered and written as by
+scripts/batch_generate.py, but in blocks that Ray deals out, which know no line numbers and nothing
+of one another: without a custom_id a line's name, and so its seed, comes from its CRC-32, a
+custom_id that comes twice is answered twice, and a line of blanks is an error. Ray restarts actors
+that die. Results come in the order that Ray finishes blocks; there is no resuming. Every node needs
+minidsv.
 
 Run once, on 2026-11-23: Ray 2.60.0, pyarrow 26.0.1, Python 3.11.7, torch 2.13.0 on 2 CPU cores, two
 actors with the bundled model, 600 greedy lines and a broken one gave 600 results with the texts of

@@ -33,7 +33,7 @@ class Listener(Protocol):
 
     def stepped(self, step: Step) -> None: ...
 
-    def ended(self, error: Exception | None) -> None:
+    def ended(self, error: BaseException | None) -> None:
         """No step will follow: `stop` was called, or the engine raised `error`."""
 
 

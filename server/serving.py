@@ -30,7 +30,7 @@ class Serving:
         self.options = options
         self.draining = False
         self.has_ended = asyncio.Event()  # the engine's thread has ended
-        self.error: Exception | None = None  # what ended it
+        self.error: BaseException | None = None  # what ended it
         self._engine: Engine | None = None
         self._metrics: Metrics | None = None
         self._loop = EngineLoop(load, self)
@@ -170,7 +170,7 @@ class Serving:
                 del self._runs[output.request]
             run.exchange.push(output)
 
-    def ended(self, error: Exception | None) -> None:
+    def ended(self, error: BaseException | None) -> None:
         self.error = error
         if error is not None and not isinstance(error, MinidsvError):
             logger.error("the engine failed and cannot go on", exc_info=error)

@@ -32,7 +32,15 @@ class TokenizeRequest(BaseModel):
     chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: Flag = None
 
-    def token_ids(self, engine: Engine) -> list[int]:
+    def answer(self, engine: Engine) -> dict[str, Any]:
+        """Takes as long as the text is long; raises RequestError."""
+        ids = self._token_ids(engine)
+        answer: dict[str, Any] = {"count": len(ids), "tokens": ids}
+        if self.return_token_strs:
+            answer["token_strs"] = [engine.tokenizer.token_text(token) for token in ids]
+        return answer | {"max_model_len": engine.intake.max_request_tokens}
+
+    def _token_ids(self, engine: Engine) -> list[int]:
         """Raises RequestError unless there is one of prompt and messages."""
         refuse_unsupported(self, "", _UNSUPPORTED)
         if (self.prompt is None) == (self.messages is None):
@@ -65,12 +73,7 @@ def routes(serving: Serving) -> APIRouter:
     @router.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
         check_model(serving, body.model)
-        engine = serving.engine
-        ids = await asyncio.to_thread(body.token_ids, engine)
-        answer: dict[str, Any] = {"count": len(ids), "tokens": ids}
-        if body.return_token_strs:
-            answer["token_strs"] = [engine.tokenizer.token_text(token) for token in ids]
-        return answer | {"max_model_len": engine.intake.max_request_tokens}
+        return await asyncio.to_thread(body.answer, serving.engine)
 
     @router.post("/detokenize")
     async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
+import pytest
 import uvicorn
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -19,6 +20,8 @@ from minidsv.server.app import create_app
 from minidsv.server.options import ServerOptions
 
 OPTIONS: dict[str, Any] = {"load_format": "random", "device": "cpu", "num_pages": 64}
+SHORT = {"max_new_tokens": 4, "ignore_eos": True}
+ENDLESS = {"max_new_tokens": 3000, "ignore_eos": True}
 
 
 @dataclass
@@ -73,6 +76,22 @@ def serving(
                 yield served
             finally:
                 served.stop()
+
+
+def slow_down(
+    served: Served, monkeypatch: pytest.MonkeyPatch, seconds: float = 0.05
+) -> list[float]:
+    """Steps of the engine take so much more; grows by the time at which each one begins."""
+    steps: list[float] = []
+    execute = served.engine.runner.execute
+
+    def slow(*args: Any) -> Any:
+        steps.append(time.monotonic())
+        time.sleep(seconds)
+        return execute(*args)
+
+    monkeypatch.setattr(served.engine.runner, "execute", slow)
+    return steps
 
 
 def wait_until(condition: Callable[[], Any], seconds: float = 5) -> None:

@@ -233,6 +233,20 @@ def test_damage_before_the_end_is_refused(suffix: str, tmp_path: Path) -> None:
     assert len(output.read_bytes()) == len(whole)
 
 
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("cut", [0, 9])
+@pytest.mark.parametrize("text", [b"dear diary", b'{"prompt": "a"}', b"dear\ndiary"])
+def test_a_foreign_file_is_left_alone(text: bytes, cut: int, suffix: str, tmp_path: Path) -> None:
+    """Also one without a line end: what a run of ours has torn begins as its lines do."""
+    path = tmp_path / f"foreign{suffix}"
+    stored = codec_of(str(path)).encode(text + b" " * 300_000)  # zstd shows whole blocks only
+    path.write_bytes(stored[: len(stored) - cut])
+    before = path.read_bytes()
+    with Journal(str(path), 1, 1.0) as journal, pytest.raises(BatchError, match="no result line"):
+        journal.clear()
+    assert path.read_bytes() == before
+
+
 def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:
     source = write_lines(tmp_path / "in", [good_line("a")])
     output = tmp_path / "out"

@@ -1,4 +1,4 @@
-"""The batch program as it is run: the bundled model, a stub server, kills and signals."""
+"""The batch program as it is run: the bundled model, kills and signals."""
 
 import json
 import os
@@ -8,8 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from datetime import UTC, datetime, timedelta
-from email.utils import format_datetime
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,14 +15,11 @@ import pytest
 from test_batch_files import decoded, write_lines
 
 import batch_generate
-import batch_report
 from batch_lines import Job, LineError, parse
 from batch_local import LocalBackend
-from batch_report import Histogram, Load, Reporter, Tally
 from minidsv import LLM, SamplingParams
 from minidsv.cli import run_app
 from minidsv.engine_config import bundled_model
-from stub_server import Fault, completion, stub_server
 
 SCRIPT = Path(batch_generate.__file__)
 QUESTION = "What is the capital of {}?"
@@ -180,6 +175,7 @@ USAGE = [
     pytest.param(["--retries", "2"], "--base-url", id="for-a-server"),
     pytest.param(["--base-url", "http://x", "--max-num-seqs", "2"], "max-num-seqs", id="for-us"),
     pytest.param(["--base-url", "localhost"], "localhost", id="no-url"),
+    pytest.param(["--base-url", "http://x", "--api-key", "ключ"], "--api-key", id="no-ascii"),
 ]
 
 
@@ -282,91 +278,6 @@ def test_standard_output(tmp_path: Path) -> None:
     assert json.loads(out)["custom_id"] == "line-1"
     assert decoded(tmp_path / "e")[0]["line"] == 2
     assert json.loads(err.splitlines()[-1])["failed"] == 1
-
-
-def test_server(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Retried: 429, 5xx and a dropped connection; not retried: a 400."""
-    later = format_datetime(datetime.now(UTC) + timedelta(seconds=1))
-    now = {"Retry-After": "0"}
-    faults = {
-        "busy": [Fault(429, now), Fault(503, now)],
-        "dropped": [Fault(hang_up=True)],
-        "dated": [Fault(503, {"Retry-After": later})],
-        "bad": [Fault(400)] * 2,
-        "poison": [Fault(500, {"x-should-retry": "false"})] * 2,
-        "down": [Fault(500, now)] * 3,
-        "gone": [Fault(hang_up=True)] * 3,
-        "nonsense": [Fault(200, content=b'{"a": NaN}')],
-    }
-    prompts = [*faults, *(f"p{i}" for i in range(12))]
-    source = write_lines(tmp_path / "in", [{"prompt": p, "custom_id": p} for p in prompts])
-    with stub_server(faults=faults, seconds=0.02) as stub:
-        options = ["--base-url", f"{stub.url}/v1", "--api-key", "secret", "--model", "m"]
-        options += ["--concurrency", "3", "--retries", "2"]
-        files = ["--input", source, "--output", tmp_path / "out"]
-        summary = run(capfd, *files, *options, code=1)
-        got, errors = texts(tmp_path / "out"), decoded(tmp_path / "out.errors.jsonl")
-        assert {e["custom_id"]: e["error"]["code"] for e in errors} == {
-            "bad": "fault",
-            "poison": "fault",
-            "down": "fault",
-            "gone": "connection_error",
-            "nonsense": "bad_response",
-        }
-        status = {e["custom_id"]: (e["response"] or {}).get("status_code") for e in errors}
-        assert (status["bad"], status["down"], status["gone"]) == (400, 500, None)
-        sent = {body["prompt"]: body for body in stub.bodies}
-        assert got == {p: [completion(sent[p])] for p in prompts if p not in status}
-        tries = [stub.attempts(p) for p in ("busy", "dropped", "dated", "bad", "poison", "down")]
-        assert tries == [3, 2, 2, 1, 1, 3]
-        assert stub.most_at_once == 3
-        assert all(h["authorization"] == "Bearer secret" for h in stub.headers)
-        assert all(body["model"] == "m" and body["seed"] >= 0 for body in stub.bodies)
-        assert summary["ok"] == len(prompts) - 5
-        assert summary["generated_tokens"] == 2 * summary["ok"]
-        assert summary["retries"] == 2 + 1 + 1 + 2 + 2
-        stub.faults.clear()
-        assert run(capfd, *files, *options)["skipped"] == len(prompts) - 5
-        assert decoded(tmp_path / "out.errors.jsonl") == []
-
-
-def test_chat_lines_go_to_a_server(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    line = {"custom_id": "c", "method": "POST", "url": "/v1/chat/completions"}
-    source = write_lines(tmp_path / "in", [{**line, "body": {"messages": [], "prompt": ""}}])
-    with stub_server() as stub:
-        run(capfd, "--input", source, "--output", tmp_path / "o", "--base-url", stub.url)
-    assert set(texts(tmp_path / "o")) == {"c"}
-
-
-def test_histogram_is_close_to_exact() -> None:
-    draw = random.Random(3)
-    seconds = sorted(draw.lognormvariate(-4, 2) for _ in range(2000))
-    histogram = Histogram()
-    assert histogram.percentiles() is None
-    for value in seconds:
-        histogram.add(value)
-    for name, got in (histogram.percentiles() or {}).items():
-        want = 1000 * seconds[2000 * int(name[1:]) // 100 - 1]
-        assert got == pytest.approx(want, rel=0.046), name
-
-
-@pytest.mark.parametrize("quiet", [False, True])
-def test_progress_without_a_terminal(
-    quiet: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(batch_report, "PLAIN_SECONDS", 0.0)
-    with Reporter(1000, quiet) as reporter:
-        reporter.show(Tally(ok=3, failed=1, skipped=2), Load(5, 6, 0.25, 70), 500, False)
-    err = capsys.readouterr().err
-    parts = (
-        "3 ok, 1 failed, 2 skipped",
-        "5 running, 6 waiting",
-        "KV 25%",
-        "tokens/s",
-        "50%",
-        "left",
-    )
-    assert all((part in err) != quiet for part in parts)
 
 
 def test_a_file_under_two_names_is_not_destroyed(tmp_path: Path) -> None:

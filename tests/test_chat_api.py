@@ -1,6 +1,7 @@
 """POST /v1/chat/completions, and the routes around tokens and models."""
 
 from collections.abc import Iterator
+from threading import get_ident
 from typing import Any
 
 import pytest
@@ -166,6 +167,16 @@ def test_tokenize_and_back(text: str, special: bool | None, served: Served) -> N
     assert answer["max_model_len"] == 4096
     back = served.client.post("/detokenize", json={"tokens": answer["tokens"]})
     assert back.json() == {"prompt": bos + text}
+
+
+def test_spelling_tokens_leaves_the_event_loop_free(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer, threads = served.engine.tokenizer, set()
+    monkeypatch.setattr(tokenizer, "token_text", lambda _: threads.add(get_ident()) or "x")
+    body = {"prompt": "a b", "return_token_strs": True}
+    assert set(served.client.post("/tokenize", json=body).json()["token_strs"]) == {"x"}
+    assert threads.isdisjoint({served.thread.ident})
 
 
 @pytest.mark.parametrize(

@@ -165,6 +165,16 @@ def nan_scale(tensors: Tensors) -> None:
     tensors[name + "_scale_inv"][0, 0] = float("nan")
 
 
+def nan_gain(tensors: Tensors) -> None:
+    tensors["model.norm.weight"][7] = float("nan")
+
+
+def infinite_bias(tensors: Tensors) -> None:
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    tensors[name] = tensors[name].bfloat16()
+    tensors[name][0] = float("inf")
+
+
 def one_expert_in_fp8(tensors: Tensors) -> None:
     name = "model.layers.1.mlp.experts.3.up_proj.weight"
     tensors[name], tensors[name + "_scale_inv"] = quantize_fp8_blocks(tensors[name])
@@ -183,6 +193,8 @@ def one_expert_in_fp8(tensors: Tensors) -> None:
         (wrong_scale_shape, r"kv_a_proj_with_mqa\.weight_scale_inv: .*\(1, 1\).*\(2, 1\)"),
         (nan_code, r"o_proj\.weight: NaN"),
         (nan_scale, r"o_proj\.weight: NaN"),
+        (nan_gain, r"model\.norm\.weight: NaN"),
+        (infinite_bias, r"e_score_correction_bias: .* infinite"),
         (one_expert_in_fp8, r"experts\.3\.up_proj\.weight: its neighbours"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

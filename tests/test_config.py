@@ -164,9 +164,10 @@ def test_refusals_name_field_and_value(fields: dict[str, Any], names: list[str])
 def test_unreadable_files(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such file"):
         ModelConfig.from_path(tmp_path)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match="not a readable JSON"):
-        ModelConfig.from_path(tmp_path)
+    for text in (b"{", b"\xff", b"[" * 10**5, b'{"vocab_size": ' + b"9" * 5000 + b"}"):
+        (tmp_path / "config.json").write_bytes(text)
+        with pytest.raises(ConfigError, match="not a readable JSON"):
+            ModelConfig.from_path(tmp_path)
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ConfigError, match="JSON object"):
         ModelConfig.from_path(tmp_path)

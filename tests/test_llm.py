@@ -102,6 +102,7 @@ def test_prompt_forms(llm: LLM) -> None:
         ("x", {"stop_token_ids": [3] * 129}, ["stop_token_ids", "129", "128"]),
         ("x", {"stop_token_ids": [10**6]}, ["stop_token_ids", "1000000 is not a token id"]),
         ("x" * 10**6, {}, ["prompt", "1000000 characters"]),
+        ([[-1] * 10**6], {}, ["prompt", "1000000 tokens are too many"]),
     ],
 )
 def test_refusals(prompts: Any, params: dict[str, Any], words: list[str], llm: LLM) -> None:

@@ -9,12 +9,11 @@ import httpx
 import pytest
 
 from minidsv import LLM, SamplingParams
-from served import OPTIONS, Served, assert_error, events, serving, wait_until
+from served import ENDLESS, OPTIONS, Served, assert_error, events, serving, wait_until
 
 PROMPT = "Question: What is the chemical symbol of iron?\nAnswer:"
 IDS = [0, 300, 17, 42, 1000]
 GREEDY = {"temperature": 0, "max_new_tokens": 24, "ignore_eos": True}
-ENDLESS = {"max_new_tokens": 3000, "ignore_eos": True}
 BOTH_WAYS = pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
 
 
@@ -214,13 +213,23 @@ def test_disconnect_frees_the_pages(
     wait_until(lambda: served.idle)
 
 
-def test_failing_engine_answers_503(monkeypatch: pytest.MonkeyPatch) -> None:
+class Panic(BaseException):
+    """As pyo3's PanicException, which a tokenizer may raise."""
+
+
+@pytest.mark.parametrize("error", [RuntimeError, Panic])
+def test_failing_engine_answers_503(
+    error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise error("out of order")
+
     with serving() as served, ThreadPoolExecutor(2) as pool:
         assert served.client.get("/health").json() == {"status": "ok"}
         bodies = [{"text": "a", "sampling_params": ENDLESS, "stream": s} for s in (False, True)]
         running = [pool.submit(served.generate, **body) for body in bodies]
         wait_until(lambda: len(served.engine.scheduler.running) == 2)
-        monkeypatch.setattr(served.engine.runner, "execute", None)  # calling it raises
+        monkeypatch.setattr(served.engine.runner, "execute", fail)
         assert_error(running[0].result(), 500, None, "engine has failed")
         assert running[0].result().headers["x-should-retry"] == "false"
         assert events(running[1].result())[-1] == running[0].result().json()

@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
-from served import assert_error, events, wait_until
+from served import ENDLESS, assert_error, events, wait_until
 
 # The command line's own function, so that a test can give it a slow or a failing engine.
 SERVE = """
@@ -41,7 +41,6 @@ def load():
 sys.exit(serve(load, ServerOptions(port=0, log_json=True, **{options})))
 """
 FAILING = "assert sum(c.request.num_tokens for c in chunks) < 20"
-ENDLESS = {"max_new_tokens": 3000, "ignore_eos": True}
 
 
 @dataclass

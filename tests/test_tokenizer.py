@@ -7,16 +7,18 @@ from time import sleep
 
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders, models
+from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from minidsv.engine_config import bundled_model
 from minidsv.errors import CheckpointError, RequestError
-from minidsv.tokenizer import Tokenizer, eos_token_ids
+from minidsv.tokenizer import MOST_PENDING, Tokenizer, eos_token_ids
 
 TOKENIZER = Tokenizer(bundled_model())
+EOS = 1
+LONE = [token for token in range(TOKENIZER.size) if TOKENIZER.decode([token]) == "\ufffd"]
 
 
 def streamed(prompt: list[int], output: list[int]) -> tuple[list[str], str]:
@@ -61,12 +63,13 @@ def test_bytes_of_tokens_join(text: str) -> None:
 
 
 @given(st.text(max_size=40))
+@example("\ufffd" * 100)
 @settings(deadline=None)
 def test_text_comes_back(text: str) -> None:
     ids = TOKENIZER.encode(text)[1:]
     pieces, rest = streamed([0], ids)
     assert "".join(pieces) + rest == text
-    assert rest == ""
+    assert rest == "" or text.endswith("\ufffd")  # which looks like an unfinished character
 
 
 @given(
@@ -78,6 +81,47 @@ def test_any_tokens(prompt: list[int], output: list[int]) -> None:
     """Half characters, special tokens, unknown ids: the pieces join to the whole decoding."""
     pieces, rest = streamed(prompt, output)
     assert "".join(pieces) + rest == TOKENIZER.decode(output)
+
+
+RUNS = st.tuples(st.sampled_from([EOS, *LONE]), st.integers(1, 2 * MOST_PENDING))
+BYTES = st.text(min_size=1, max_size=3).map(lambda text: TOKENIZER.encode(text)[1:])
+PARTS = st.one_of(
+    RUNS.map(lambda run: [run[0]] * run[1]),
+    BYTES,
+    BYTES.map(lambda ids: [token for i in ids for token in (i, EOS)]),
+    BYTES.map(lambda ids: ids[:-1]),
+)
+
+
+@given(st.lists(PARTS, max_size=6).map(lambda parts: [token for part in parts for token in part]))
+@settings(deadline=None, max_examples=300)
+def test_long_silence(output: list[int]) -> None:
+    """Many tokens without text, whole and cut characters behind them, EOS between their bytes."""
+    pieces, rest = streamed([0], output)
+    assert "".join(pieces) + rest == TOKENIZER.decode(output)
+
+
+@pytest.mark.parametrize("token", [EOS, LONE[-1]])
+def test_tokens_without_text_are_not_kept(token: int) -> None:
+    stream = TOKENIZER.stream([0])
+    held = []
+    for _ in range(1000):
+        stream.push(token)
+        held.append(len(stream._pending))
+    assert max(held) < MOST_PENDING
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_tokens_that_end_inside_characters(cut: int, tmp_path: Path) -> None:
+    """Every token finishes a character and begins the next, so that no text ends with one."""
+    emoji = "".join(name for name, _ in pre_tokenizers.ByteLevel(False).pre_tokenize_str("🎉"))
+    head, tail = emoji[:cut], emoji[cut:]
+    raw = tokenizers.Tokenizer(models.BPE({head: 0, tail + head: 1, tail: 2}, []))
+    raw.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=raw).save_pretrained(tmp_path)
+    shutil.copy(bundled_model() / "config.json", tmp_path)
+    stream = Tokenizer(tmp_path).stream([])
+    assert "".join(map(stream.push, [0, *[1] * 99, 2])) == "🎉" * 100
 
 
 def test_an_emoji_appears_whole() -> None:
@@ -122,8 +166,15 @@ def byte_fallback_tokenizer(folder: Path) -> Tokenizer:
         ([300, 229], [301, 303], " worlda"),
         ([300], [304, 241, 160, 143, 138, 301], "b\U0001f389 world"),
         ([300], [500, 301], " world"),
+        ([300], [304, 241, 270, 160, 270, 143, 138, 301], "b\U0001f389 world"),
+        ([300], [270] * 200 + [301], " world"),
+        ([300], [229] * 70 + [301, 300], "\ufffd" * 70 + " world hello"),
+        ([300], [229] * 62 + [241, 160, 143, 138, 302, 301], "\ufffd" * 66 + "  world"),
     ],
-    ids=["words", "no prompt", "broken bytes", "prompt ends in a byte", "emoji", "gap"],
+    ids=[
+        *("words", "no prompt", "broken bytes", "prompt ends in a byte", "emoji", "gap"),
+        *("gaps between bytes", "many gaps", "many bytes", "cut in an emoji"),
+    ],
 )
 def test_byte_fallback(prompt: list[int], output: list[int], want: str, tmp_path: Path) -> None:
     stream = byte_fallback_tokenizer(tmp_path).stream(prompt)
